@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import difflib
 import glob
+import importlib.util
 import json
 import os
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_type_hints
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
@@ -35,7 +36,9 @@ class ConfigError(Exception):
 @dataclass
 class ModelConfig:
     name: str = MISSING
-    architecture: dict[str, Any] = field(default_factory=dict)  # model_type and the arguments of its transformers config
+    architecture: dict[str, Any] = field(
+        default_factory=dict
+    )  # model_type and the arguments of its transformers config
     name_or_path: str | None = None  # a local folder or a hub name; then `architecture` is empty
     pretrained: bool = True  # with name_or_path: load its weights, or only its shape with random weights
     trust_remote_code: bool = False
@@ -126,7 +129,7 @@ class CheckpointConfig:
 
 @dataclass
 class ReloadConfig:
-    layouts: list[str] = field(default_factory=lambda: ["sp1-dp1-z0", "sp2-dp1-z3", "sp1-dp2-z2"])
+    layouts: list[str] | None = None  # null: three that differ from the trained one in sp, dp and stage
     steps: int = 3  # continuation compared with the uninterrupted run
 
 
@@ -193,9 +196,277 @@ class Config:
     def layout(self) -> Layout:
         return Layout(self.sp.size, self.dp.size, self.zero.stage)
 
+    def at(self, layout: Layout) -> Config:
+        """The same experiment in another layout."""
+        return replace(
+            self,
+            sp=replace(self.sp, size=layout.sp),
+            dp=DataParallelConfig(layout.dp),
+            zero=replace(
+                self.zero,
+                stage=layout.zero,
+                offload_optimizer=self.zero.offload_optimizer and layout.zero > 0,
+                offload_parameters=self.zero.offload_parameters and layout.zero == 3,
+            ),
+        )
+
     @property
     def accumulation(self) -> int:
         return self.layout.accumulation(self.train.global_batch_size, self.train.micro_batch_size)
+
+
+def accelerators() -> int:
+    """GPUs that a job may use, without importing torch: device files, narrowed by CUDA_VISIBLE_DEVICES."""
+    present = len([p for p in glob.glob("/dev/nvidia[0-9]*") if p.removeprefix("/dev/nvidia").isdigit()])
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None or present == 0:
+        return present
+    chosen = [d for d in visible.split(",") if d.strip() and d.strip() != "-1"]
+    return min(present, len(chosen))
+
+
+def device_of(config: Config) -> str:
+    """What `device=auto` means on this machine: `cuda` or `cpu`."""
+    if config.device != "auto":
+        return config.device
+    return "cuda" if accelerators() else "cpu"
+
+
+def _fields(node: type) -> dict[str, Any]:
+    hints = get_type_hints(node)
+    return {f.name: hints[f.name] for f in fields(node)}
+
+
+def known_keys(node: type = Config, prefix: str = "") -> Iterator[str]:
+    """Every key of the schema in dotted form, groups included."""
+    for name, kind in _fields(node).items():
+        yield prefix + name
+        if is_dataclass(kind):
+            yield from known_keys(kind, f"{prefix}{name}.")  # type: ignore[arg-type]
+
+
+def nearest(word: str, choices: list[str]) -> str:
+    """The choice that `word` was probably meant to be, or all of them."""
+    match = difflib.get_close_matches(word, choices, 1, 0.5)
+    if not match and "." in word:  # the right name in the wrong group, or the group misspelled
+        match = [c for c in choices if c.rsplit(".", 1)[-1] == word.rsplit(".", 1)[-1]][:1]
+    return f"did you mean {match[0]}?" if match else f"choose from {', '.join(choices)}"
+
+
+def _unknown(cfg: DictConfig) -> None:
+    """Raises ConfigError for keys added with `+` that no code reads."""
+
+    def walk(node: Mapping[str, Any], kind: type, prefix: str) -> None:
+        expected = _fields(kind)
+        for name, value in node.items():
+            if name not in expected:
+                raise ConfigError(prefix + name, "unknown key", nearest(prefix + name, sorted(known_keys())))
+            if is_dataclass(expected[name]) and isinstance(value, Mapping):
+                walk(value, expected[name], f"{prefix}{name}.")  # type: ignore[arg-type]
+
+    walk(OmegaConf.to_container(cfg, resolve=False), Config, "")  # type: ignore[arg-type]
+
+
+def resolve(cfg: DictConfig) -> Config:
+    """The typed and checked configuration of one job, its defaults filled in.
+
+    Raises:
+        ConfigError: it cannot run; nothing has been started or written.
+    """
+    _unknown(cfg)
+    missing = sorted(OmegaConf.missing_keys(cfg))
+    if missing:
+        raise ConfigError(missing[0], "has no value", f"set {missing[0]}=...")
+    config: Config = OmegaConf.to_object(cfg)  # type: ignore[assignment]
+    check(config)
+    if config.reload.layouts is None:
+        config.reload.layouts = [layout.name for layout in default_targets(config)]
+    return config
+
+
+def default_targets(config: Config) -> list[Layout]:
+    """Three reload targets that differ from the trained layout, and from each other, in sp, dp and ZeRO stage."""
+    wanted = [
+        Layout(1, 1, 0),
+        Layout(2, 1, 3),
+        Layout(1, 2, 2),
+        Layout(4, 1, 1),
+        Layout(2, 1, 1),
+        Layout(1, 1, 3),
+        Layout(1, 1, 2),
+    ]
+    found: list[Layout] = []
+    for layout in wanted:
+        if layout != config.layout and len(found) < 3:
+            try:
+                check_layout(config, layout, "reload.layouts")
+            except ConfigError:
+                continue
+            found.append(layout)
+    return found
+
+
+def architecture(config: Config) -> dict[str, Any]:
+    """The model's configuration as far as it can be read without transformers; {} for a name on a hub."""
+    model = config.model
+    if model.name_or_path is None:
+        return dict(model.architecture)
+    path = Path(model.name_or_path).expanduser() / "config.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def heads(config: Config) -> tuple[int, int] | None:
+    """(query heads, KV heads) where the architecture tells, else None."""
+    known = architecture(config)
+    known = known.get("text_config", known)
+    query = known.get("num_attention_heads")
+    return None if query is None else (int(query), int(known.get("num_key_value_heads") or query))
+
+
+def _choice(key: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(key, f"{value!r} is not a choice", nearest(value, list(choices)))
+
+
+def _at_least(key: str, value: float, least: float) -> None:
+    if value < least:
+        raise ConfigError(key, f"{value} is too small", f"set at least {least}")
+
+
+def check_layout(config: Config, layout: Layout, key: str) -> None:
+    """Raises ConfigError, naming `key`, where the configured model, data or machine does not allow `layout`."""
+    sizes = heads(config)
+    if sizes is not None:
+        query, kv = sizes
+        if query % layout.sp:
+            divisors = [n for n in range(1, query + 1) if query % n == 0]
+            raise ConfigError(key, f"{query} query heads do not divide over sp {layout.sp}", f"set one of {divisors}")
+        if kv % layout.sp and layout.sp % kv:
+            good = [n for n in range(1, query + 1) if query % n == 0 and (kv % n == 0 or n % kv == 0)]
+            raise ConfigError(key, f"{kv} KV heads and sp {layout.sp}: neither divides the other", f"set one of {good}")
+    length = config.train.seq_len
+    if length % layout.sp:
+        raise ConfigError(
+            "train.seq_len" if key == "sp.size" else key,
+            f"{length} tokens do not divide over sp {layout.sp}",
+            f"set train.seq_len={length // layout.sp * layout.sp or layout.sp} or {(length // layout.sp + 1) * layout.sp}",
+        )
+    share = layout.dp * config.train.micro_batch_size
+    if config.train.global_batch_size % share:
+        raise ConfigError(
+            "train.global_batch_size" if key == "sp.size" else key,
+            f"{config.train.global_batch_size} sequences do not divide over dp {layout.dp} x micro batch {config.train.micro_batch_size}",
+            f"set train.global_batch_size to a multiple of {share}",
+        )
+    if config.launch.name == "local" and device_of(config) == "cuda" and layout.world > accelerators():
+        raise ConfigError(
+            key,
+            f"{layout.name} needs {layout.world} GPUs, {accelerators()} are present",
+            "set device=cpu, or smaller sp.size and dp.size",
+        )
+    if config.launch.name == "local" and layout.world > 64:
+        raise ConfigError(
+            key, f"{layout.world} ranks on one machine", "set sp.size x dp.size to at most 64, or launch=attached"
+        )
+
+
+def check(config: Config) -> None:
+    """Raises ConfigError for the first rule that the configuration breaks. Touches no accelerator, starts nothing."""
+    c = config
+    for stage in c.stages:
+        _choice("stages", stage, STAGES)
+    if len(set(c.stages)) != len(c.stages) or not c.stages:
+        raise ConfigError("stages", "needs each stage once" if c.stages else "is empty", "set e.g. stages=[train,eval]")
+    _at_least("sp.size", c.sp.size, 1)
+    _at_least("dp.size", c.dp.size, 1)
+    if c.zero.stage not in (0, 1, 2, 3):
+        raise ConfigError("zero.stage", f"{c.zero.stage} is not a ZeRO stage", "set 0, 1, 2 or 3")
+    if c.zero.offload_optimizer and c.zero.stage == 0:
+        raise ConfigError("zero.offload_optimizer", "stage 0 shards no optimizer states", "set zero.stage to 1, 2 or 3")
+    if c.zero.offload_parameters and c.zero.stage != 3:
+        raise ConfigError("zero.offload_parameters", f"stage {c.zero.stage} shards no weights", "set zero.stage=3")
+    _choice("sp.exchange", c.sp.exchange, ("deepspeed", "fused"))
+    _choice("eval.mode", c.eval.mode, EVAL_MODES)
+    _choice("device", c.device, ("auto", "cpu", "cuda"))
+    _choice("train.precision", c.train.precision, ("fp32", "bf16"))
+    _choice("tracker.mode", c.tracker.mode, ("offline", "online", "disabled"))
+    _choice("sweep.rerun", c.sweep.rerun, ("changed", "failed", "all"))
+    _choice("data.padding", c.data.padding, ("none", "left", "right"))
+    _choice("memory.checkpointing", c.memory.checkpointing, ("none", "non_reentrant", "reentrant"))
+    _choice("optim.schedule", c.optim.schedule, ("constant", "linear", "cosine"))
+    for key, value, least in (
+        ("train.seq_len", c.train.seq_len, 2), ("train.steps", c.train.steps, 1),
+        ("train.global_batch_size", c.train.global_batch_size, 1), ("train.micro_batch_size", c.train.micro_batch_size, 1),
+        ("train.unmeasured_steps", c.train.unmeasured_steps, 0), ("train.log_every", c.train.log_every, 1),
+        ("eval.sequences", c.eval.sequences, 1), ("optim.lr", c.optim.lr, 0), ("optim.grad_clip", c.optim.grad_clip, 0),
+        ("optim.warmup_steps", c.optim.warmup_steps, 0), ("optim.weight_decay", c.optim.weight_decay, 0),
+        ("optim.momentum", c.optim.momentum, 0), ("reload.steps", c.reload.steps, 0), ("parity.steps", c.parity.steps, 1),
+        ("checkpoint.every", c.checkpoint.every, 0), ("checkpoint.keep", c.checkpoint.keep, 1), ("seed", c.seed, 0),
+        ("launch.timeout_s", c.launch.timeout_s, 1), ("memory.tiled_mlp", c.memory.tiled_mlp, 0),
+        ("memory.tiled_loss", c.memory.tiled_loss, 0), ("data.mean_document", c.data.mean_document, 2),
+    ):  # fmt: skip
+        _at_least(key, value, least)
+    if c.optim.name == "adamw" and c.optim.momentum:
+        raise ConfigError("optim.momentum", "AdamW has betas instead", "set optim.beta1, or optim=sgd")
+    if not 0 <= c.data.ignore_labels < 1:
+        raise ConfigError(
+            "data.ignore_labels", f"{c.data.ignore_labels} is not a share", "set 0 <= data.ignore_labels < 1"
+        )
+    if c.memory.offload_activations and c.memory.checkpointing == "none":
+        raise ConfigError(
+            "memory.offload_activations", "nothing is checkpointed", "set memory.checkpointing=non_reentrant"
+        )
+    if c.sp.attention == "eager":
+        raise ConfigError(
+            "sp.attention", "eager needs an O(n^2) mask, which Ulysses cannot shard", "set sp.attention=sdpa"
+        )
+    if device_of(c) == "cpu" and "flash" in c.sp.attention:
+        raise ConfigError("sp.attention", f"{c.sp.attention} needs a GPU", "set sp.attention=sdpa")
+    if device_of(c) == "cpu" and c.sp.attention == "flex_attention" and {"train", "parity"} & set(c.stages):
+        raise ConfigError(
+            "sp.attention", "flex_attention has no backward on CPU", "set sp.attention=sdpa, or stages=[eval]"
+        )
+    if c.device == "cuda" and c.launch.name == "local" and not accelerators():
+        raise ConfigError("device", "no GPU is present", "set device=cpu or device=auto")
+    if c.model.name_or_path is None and "model_type" not in c.model.architecture:
+        raise ConfigError("model.architecture", "has no model_type", "set model.architecture.model_type, or model=hub")
+    if c.data.name == "hub" and importlib.util.find_spec("datasets") is None:
+        raise ConfigError(
+            "data", "data=hub needs the package datasets", "pip install 'ulysses-exp[hub]', or set data=text"
+        )
+    bytes_wanted = c.data.name in ("text", "packed") and c.data.tokenizer is None and c.model.name_or_path is None
+    if bytes_wanted and int(c.model.architecture.get("vocab_size", 256)) < 256:
+        raise ConfigError("model.architecture.vocab_size", "is smaller than the 256 byte tokens", "set at least 256")
+    if set(c.stages) != {"plan"}:
+        check_layout(c, c.layout, "sp.size")
+    else:
+        check_layout(replace(c, launch=replace(c.launch, name="attached")), c.layout, "sp.size")
+    for name in c.reload.layouts or ():
+        try:
+            target = Layout.parse(name)
+        except ValueError as error:
+            raise ConfigError("reload.layouts", str(error), "set e.g. reload.layouts=[sp1-dp1-z0,sp2-dp1-z3]") from None
+        if "reload" in c.stages:
+            check_layout(c, target, "reload.layouts")
+    if "train" not in c.stages and {"eval", "reload"} & set(c.stages) and c.checkpoint.source is None:
+        stage = "eval" if "eval" in c.stages else "reload"
+        if stage == "reload" or c.model.name_or_path is None:
+            raise ConfigError(
+                "checkpoint.source",
+                f"stage {stage} without train has nothing to work on",
+                "set checkpoint.source=<run folder>",
+            )
+    if c.checkpoint.source is not None and not glob.glob(os.path.expanduser(c.checkpoint.source)):
+        raise ConfigError(
+            "checkpoint.source", f"{c.checkpoint.source} does not exist", "set a run folder, e.g. outputs/..."
+        )
+    if "train" in c.stages and {"eval", "reload"} & set(c.stages[: c.stages.index("train")]):
+        raise ConfigError("stages", "eval and reload come before train", "set stages=[train,eval,reload]")
+    for key, value in (("tracker.project", c.tracker.project), ("sweep.name", c.sweep.name)):
+        if value is not None and not re.fullmatch(r"[\w.-]+", value):
+            raise ConfigError(
+                key, f"{value!r} is not a plain name", "use letters, digits, dots, dashes and underscores"
+            )
 
 
 ConfigStore.instance().store(name="schema", node=Config)
