@@ -1,0 +1,336 @@
+"""One Weights & Biases run a job, owned by the job's parent process.
+
+Ranks know nothing of W&B: rank 0 writes metrics.jsonl, the parent reads its lines and logs them here. So a rank that is
+killed loses nothing, and no job has one run a rank (wandb issue 8428).
+
+A job never waits for W&B and never fails of it: the client lives in a thread that is fed by a queue, an unreachable
+server is noticed by a probe and turns the run into an offline one, and the end of a job waits a bounded time.
+
+`python -m ulysses_exp.tracking sync SWEEP` uploads later what was kept offline, `... browse SWEEP` opens all runs of a
+sweep side by side in wandb's own terminal dashboard, without account or network.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import json
+import math
+import os
+import queue
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.error
+import urllib.request
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from ulysses_exp.config import Config
+
+PROBE_S = 3  # an online server that does not answer a small request in this time is not waited for
+INIT_S = 10  # for the server to open the run
+FINISH_S = 8  # for the upload of what is left at the end of a job
+GRACE_S = 25  # at the end of a job: longest wait for all of the above together
+
+#: Metrics whose best value is what one compares runs by; every other metric's summary is its last value.
+SUMMARIES = {
+    "train/loss": "min,last",
+    "train/grad_norm": "max,last",
+    "perf/*": "min,max,last",
+    "memory/*": "max",
+    "eval/*": "last",
+    "reload/*": "max,last",
+}
+
+RELOAD_COLUMNS = (
+    "source", "target", "route", "status", "weights_bit_exact", "optimizer_bit_exact",
+    "continuation_max_abs_loss_diff", "seconds", "reason",
+)  # fmt: skip
+
+_SECRET = re.compile(r"token$|secret|password|api_?key|credential", re.IGNORECASE)
+
+
+class Tracker:
+    """The W&B run of one job. Use as a context manager; leaving it without `finish` marks the run as failed.
+
+    No method raises, blocks on the network or prints: what goes wrong is said once through `on_warning`, from the
+    tracker's own thread or from `finish`.
+
+    Args:
+        config: the job's configuration; `config.tracker.mode` is offline, online or disabled.
+        folder: the run folder. All that the client writes lies in its `wandb/`, caches and staged tables included.
+        resolved: the same configuration as plain dicts, logged as the run's config without anything secret.
+        name: what the run is called, `<model>-<layout>`.
+        group: the sweep or experiment it belongs to.
+        tags: the stages, and what the user adds.
+        on_warning: called with one line of text, at most once.
+    """
+
+    how_to_open: str  #: one line for the terminal: the URL of an online run, else the command that shows a local one
+
+    def __init__(
+        self,
+        config: Config,
+        folder: Path,
+        *,
+        resolved: dict[str, Any],
+        name: str,
+        group: str | None,
+        tags: list[str],
+        on_warning: Callable[[str], None],
+    ):
+        self._mode = config.tracker.mode
+        self._folder = Path(folder).resolve()
+        self._on_warning = on_warning
+        self._warned = False
+        self._finished = False
+        self._run: Any = None
+        self.how_to_open = f"wandb leet {_shown(self._folder / 'wandb')}" if self._mode != "disabled" else ""
+        self._settings = {
+            "project": config.tracker.project,
+            "entity": config.tracker.entity,
+            "id": f"{_plain(name)}-{uuid.uuid4().hex[:6]}",  # readable: `wandb leet` lists runs by their directory
+            "name": name,
+            "group": group,
+            "tags": sorted({tag[:64] for tag in tags if tag}),
+            "config": {
+                **_without_secrets(resolved),
+                "layout": config.layout.name,  # flat keys: nested ones become `sp.value.size` in W&B's groupings
+                "world_size": config.layout.world,
+                "sp_size": config.sp.size,
+                "dp_size": config.dp.size,
+                "zero_stage": config.zero.stage,
+                "model_name": config.model.name,
+                "seq_len": config.train.seq_len,
+            },
+        }
+        self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
+        if self._mode != "disabled":
+            self._thread.start()
+
+    def __enter__(self) -> Tracker:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.finish({}, failed=True)
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        """Logs `metrics` (names of CONTRACT section 4) at optimizer step `step`. Returns at once."""
+        if self._mode != "disabled" and not self._finished:
+            numbers = {key: value for key, value in metrics.items() if _is_number(value)}
+            self._queue.put(lambda: self._log(numbers, step))
+
+    def finish(self, results: dict[str, Any], failed: bool) -> None:
+        """Writes the figures of results.json as the run's summary and its reload cells as a table, then closes it.
+
+        Waits until the data is on disk, and in online mode up to `FINISH_S` for the upload.
+        """
+        if self._finished or self._mode == "disabled":
+            return
+        self._finished = True
+        self._queue.put(lambda: self._finish(results, failed))
+        self._queue.put(None)
+        self._thread.join(GRACE_S)
+        if self._thread.is_alive():
+            self._warn(f"W&B did not finish in {GRACE_S} s; metrics.jsonl and results.json hold everything")
+
+    # What follows runs in the tracker's thread.
+
+    def _work(self) -> None:
+        support = _support(self._folder)
+        previous = {key: os.environ.get(key) for key in support}
+        os.environ.update(support)
+        try:
+            self._run = self._open()
+            while (job := self._queue.get()) is not None:
+                job()
+        except Exception as error:  # tracking must never end a job, whatever the client does
+            self._warn(f"W&B stopped tracking ({_one_line(error)}); metrics.jsonl and results.json hold everything")
+        finally:
+            try:
+                import wandb
+
+                wandb.teardown()  # ends the client's service process; the next job of a sweep starts its own
+            except Exception as error:
+                self._warn(f"W&B did not shut down ({_one_line(error)})")
+            for key, value in previous.items():
+                if value is None:
+                    os.environ.pop(key, None)
+                else:
+                    os.environ[key] = value
+
+    def _open(self) -> Any:
+        import wandb
+
+        if self._mode == "online":
+            problem = unreachable(wandb.setup().settings.base_url)
+            if problem is None:
+                try:
+                    run = self._init("online")
+                    self.how_to_open = run.url or self.how_to_open
+                    return run
+                except Exception as error:
+                    problem = _one_line(error)
+                    for started in (self._folder / "wandb").glob("run-*"):  # nothing was logged to it
+                        shutil.rmtree(started, ignore_errors=True)
+            self._mode = "offline"
+            self._warn(
+                f"W&B is not reachable ({problem}); the run is kept offline,"
+                f" upload it later: python -m ulysses_exp.tracking sync {_shown(self._folder)}"
+            )
+        return self._init("offline")
+
+    def _init(self, mode: str) -> Any:
+        import wandb
+
+        run = wandb.init(
+            **self._settings,
+            mode=mode,  # always passed: unset, it may ask a question on the terminal
+            dir=str(self._folder),
+            reinit="create_new",
+            settings=wandb.Settings(
+                x_transaction_log_flush_interval=1,  # default 15 s: a killed job would leave nothing readable
+                console="off",
+                silent=True,
+                disable_code=True,
+                disable_git=True,
+                save_code=False,
+                x_disable_meta=True,
+                x_disable_machine_info=True,
+                x_disable_stats=True,
+                x_save_requirements=False,
+                init_timeout=INIT_S,
+                finish_timeout=FINISH_S,
+                finish_timeout_raises=True,
+            ),
+        )
+        run.define_metric("step", hidden=True)
+        for metric, summary in SUMMARIES.items():
+            # A glob takes no min or max over what it matches before it is seen, so each gets the same step axis.
+            run.define_metric(metric, step_metric="step", summary=summary)
+        return run
+
+    def _log(self, metrics: Mapping[str, float], step: int) -> None:
+        self._run.log({**metrics, "step": step}, step=max(step, self._run.step))
+
+    def _finish(self, results: dict[str, Any], failed: bool) -> None:
+        import wandb
+
+        for key, value in figures(results):
+            self._run.summary[key] = value
+        cells = results.get("stages", {}).get("reload", {}).get("cells", [])
+        if cells:
+            rows = [[cell.get(column) for column in RELOAD_COLUMNS] for cell in cells]
+            self._run.log({"reload": wandb.Table(columns=list(RELOAD_COLUMNS), data=rows, allow_mixed_types=True)})
+        try:
+            self._run.finish(exit_code=int(failed))
+        except TimeoutError:
+            self._warn(
+                f"W&B took more than {FINISH_S} s to upload; the run is complete on disk,"
+                f" upload it later: python -m ulysses_exp.tracking sync {_shown(self._folder)}"
+            )
+        else:
+            if self._mode == "online":  # the marker that `wandb sync` itself leaves
+                for log in Path(self._run.settings.sync_dir).glob("*.wandb"):
+                    log.with_name(log.name + ".synced").touch()
+
+    def _warn(self, text: str) -> None:
+        if not self._warned:
+            self._warned = True
+            self._on_warning(text)
+
+
+def figures(results: Mapping[str, Any], prefix: str = "results") -> Iterator[tuple[str, float | bool | str]]:
+    """The single numbers, flags and states of results.json by flat name, e.g. `results/train/step_time_s/median`."""
+    for key, value in results.items():
+        name = prefix if key == "stages" else f"{prefix}/{key}"
+        if isinstance(value, Mapping):
+            yield from figures(value, name)
+        elif isinstance(value, (bool, str)) or _is_number(value):
+            yield name, value
+
+
+def unreachable(base_url: str, timeout: float = PROBE_S) -> str | None:
+    """Why the W&B server at `base_url` cannot be used: None if it answers within `timeout` seconds and knows the key."""
+    from wandb.sdk.lib.wbauth import wbnetrc
+
+    key = os.environ.get("WANDB_API_KEY") or wbnetrc.read_netrc_auth(host=base_url)
+    if not key and not os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return "no API key: run `wandb login` or set WANDB_API_KEY"
+    request = urllib.request.Request(
+        base_url.rstrip("/") + "/graphql",
+        data=json.dumps({"query": "query Viewer { viewer { id } }"}).encode(),
+        headers={"Content-Type": "application/json", "User-Agent": "ulysses-exp"},
+    )
+    if key:
+        request.add_header("Authorization", "Basic " + base64.b64encode(f"api:{key}".encode()).decode())
+    try:
+        with urllib.request.urlopen(request, timeout=timeout) as answer:
+            answer.read(1)
+    except urllib.error.HTTPError as error:
+        return f"{base_url} answers {error.code} {error.reason}"
+    except (OSError, ValueError) as error:
+        return f"{base_url}: {_one_line(error)}"
+    return None
+
+
+def unsent(paths: Iterable[Path]) -> list[Path]:
+    """W&B run directories anywhere below `paths` that have not been uploaded, oldest first."""
+    found = {
+        log.parent
+        for path in paths
+        for log in Path(path).glob("**/wandb/*run-*/*.wandb")
+        if not log.with_name(log.name + ".synced").exists() and not log.parent.is_symlink()
+    }
+    return sorted(found, key=lambda run: run.name)
+
+
+def _support(folder: Path) -> dict[str, str]:
+    """Environment that keeps the client's own files, which it would put under ~ and ., inside the run folder.
+
+    Tables wait in the data directory for the upload, so it has to stay with an offline run.
+    """
+    place = folder / "wandb" / "client"
+    return {
+        "WANDB_CACHE_DIR": str(place / "cache"),
+        "WANDB_CONFIG_DIR": str(place / "config"),
+        "WANDB_DATA_DIR": str(place / "data"),
+        "WANDB_ARTIFACT_DIR": str(place / "artifacts"),
+        "WANDB_ERROR_REPORTING": "false",  # the client would report its own errors to its makers
+    }
+
+
+def _without_secrets(node: Any) -> Any:
+    if isinstance(node, Mapping):
+        return {k: "***" if _SECRET.search(str(k)) and v else _without_secrets(v) for k, v in node.items()}
+    if isinstance(node, (list, tuple)):
+        return [_without_secrets(item) for item in node]
+    return node
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^\w.-]+", "-", name)[:100]
+
+
+def _one_line(error: BaseException) -> str:
+    return (" ".join(str(error).split()) or type(error).__name__)[:200]
+
+
+def _shown(path: Path) -> str:
+    """`path` as one would type it from here."""
+    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
