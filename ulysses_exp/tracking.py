@@ -12,7 +12,6 @@ sweep side by side in wandb's own terminal dashboard, without account or network
 
 from __future__ import annotations
 
-import argparse
 import base64
 import json
 import math
@@ -20,11 +19,7 @@ import os
 import queue
 import re
 import shutil
-import subprocess
-import sys
-import tempfile
 import threading
-import time
 import urllib.error
 import urllib.request
 import uuid
@@ -262,7 +257,7 @@ def figures(results: Mapping[str, Any], prefix: str = "results") -> Iterator[tup
 
 
 def unreachable(base_url: str, timeout: float = PROBE_S) -> str | None:
-    """Why the W&B server at `base_url` cannot be used: None if it answers within `timeout` seconds and knows the key."""
+    """Why the W&B server at `base_url` cannot be used; None if it answers within `timeout` s and knows the key."""
     from wandb.sdk.lib.wbauth import wbnetrc
 
     key = os.environ.get("WANDB_API_KEY") or wbnetrc.read_netrc_auth(host=base_url)

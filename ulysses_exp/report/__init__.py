@@ -1,0 +1,1 @@
+"""Views of results.json and metrics.jsonl: the terminal, report.html, report.md, pictures."""
