@@ -250,7 +250,9 @@ def nearest(word: str, choices: list[str]) -> str:
     match = difflib.get_close_matches(word, choices, 1, 0.5)
     if not match and "." in word:  # the right name in the wrong group, or the group misspelled
         match = [c for c in choices if c.rsplit(".", 1)[-1] == word.rsplit(".", 1)[-1]][:1]
-    return f"did you mean {match[0]}?" if match else f"choose from {', '.join(choices)}"
+    if match:
+        return f"did you mean {match[0]}?"
+    return f"choose from {', '.join(choices)}" if len(choices) <= 16 else "python run.py --help lists the keys"
 
 
 def _unknown(cfg: DictConfig) -> None:
@@ -428,6 +430,10 @@ def check(config: Config) -> None:
         )
     if c.device == "cuda" and c.launch.name == "local" and not accelerators():
         raise ConfigError("device", "no GPU is present", "set device=cpu or device=auto")
+    if c.model.name == "hub" and not c.model.name_or_path:
+        raise ConfigError("model.name_or_path", "model=hub names no model", "set a local folder or a hub name")
+    if c.data.name == "hub" and not c.data.dataset:
+        raise ConfigError("data.dataset", "data=hub names no dataset", "set a local folder or a hub name")
     if c.model.name_or_path is None and "model_type" not in c.model.architecture:
         raise ConfigError("model.architecture", "has no model_type", "set model.architecture.model_type, or model=hub")
     if c.data.name == "hub" and importlib.util.find_spec("datasets") is None:

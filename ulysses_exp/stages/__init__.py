@@ -1,0 +1,1 @@
+"""What a job can be asked to do, one file a stage."""

@@ -1,0 +1,420 @@
+"""One job in the parent process: which tasks the ranks get, and what becomes of their results."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from ulysses_exp.config import Config, architecture, device_of
+from ulysses_exp.launch import RankFailure, Ranks, Task
+from ulysses_exp.layout import REFERENCE, Layout
+from ulysses_exp.report.terminal import Progress, summary
+from ulysses_exp.tracking import Tracker
+
+log = logging.getLogger("ulysses_exp")
+
+#: A continuation agrees with the uninterrupted run when its losses differ by at most this much, relative.
+CONTINUATION_TOLERANCE = {"fp32": 1e-6, "bf16": 1e-2}
+
+
+class StageFailure(Exception):
+    """A stage that ended without its result; `str()` is the reason."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint to evaluate or reload: its folder, its layout, and the losses of the run that went on from it."""
+
+    checkpoint: Path
+    layout: Layout
+    own: bool  # written by this job, so its pickled files are ours
+    continuation: list[float] | None
+
+
+def run(config: Config, folder: Path, *, group: str | None, ranks: Ranks, console: Console) -> dict[str, Any]:
+    """Runs the stages of `config` in order and writes results.json; returns what it wrote.
+
+    A stage that fails is recorded with its reason and the stages that do not need it go on. Raises KeyboardInterrupt
+    after results.json says `interrupted`.
+    """
+    job = Job(config, folder, ranks)
+    with _run_log(folder), Progress(console) as progress:
+        tracker = Tracker(
+            config,
+            folder,
+            resolved=_plain(config),
+            name=f"{config.model.name}-{config.layout.name}",
+            group=group,
+            tags=config.stages,
+            on_warning=progress.note,
+        )
+        with tracker, following(folder / "metrics.jsonl", progress, tracker):
+            try:
+                for stage in config.stages:
+                    progress.start(stage, config.train.steps if stage == "train" else None)
+                    job.run_stage(stage, progress.note)
+                    job.write()
+            except KeyboardInterrupt:
+                job.interrupt()
+                raise
+            finally:
+                job.finish()
+        tracker.finish(job.results, failed=job.results["status"] != "ok")
+    summary(job.results, folder, console, tracker.how_to_open)
+    return job.results
+
+
+class Job:
+    """The results of a job as they come in, and the tasks that bring them."""
+
+    def __init__(self, config: Config, folder: Path, ranks: Ranks):
+        self.config, self.folder, self.ranks = config, folder, ranks
+        self.results: dict[str, Any] = {
+            "schema_version": 1,
+            "status": "failed",
+            "error": "did not finish",
+            "layout": config.layout.as_dict(),
+            "model": _model_before_start(config),
+            "versions": {
+                name: version(name)
+                for name in ("torch", "deepspeed", "transformers", "ulysses-exp")
+                if _installed(name)
+            },
+            "device": device_of(config),
+            "started": time.time(),
+            "stages": {},
+        }
+        self._main: Task | None = None
+
+    # -- stages -----------------------------------------------------------------------------------------------
+
+    def run_stage(self, stage: str, note: Callable[[str], None]) -> None:
+        """Runs `stage` unless an earlier task has brought its result already."""
+        if stage in self.results["stages"]:
+            return
+        began = time.perf_counter()
+        try:
+            getattr(self, f"_{stage}")(note)
+        except RankFailure as error:
+            log.error("stage %s failed: %s\n%s", stage, error, error.trace)
+            self._collect()
+            self.results["stages"].setdefault(stage, {"status": "failed", "reason": str(error)})
+        except StageFailure as error:
+            log.error("stage %s failed: %s", stage, error)
+            self.results["stages"][stage] = {"status": "failed", "reason": str(error)}
+        self.results["stages"][stage].setdefault("seconds", round(time.perf_counter() - began, 3))
+
+    def _train(self, note: Callable[[str], None]) -> None:
+        """Training, and what the same engine can do afterwards: evaluation, and the steps that reloads compare with."""
+        work = ["train"]
+        if "eval" in self.config.stages and self.config.eval.mode != "none":
+            work.append("eval")
+        if "reload" in self.config.stages and self.config.reload.steps:
+            work.append("continuation")
+        self._main = Task("main", self.config, tuple(work), self.folder, self._source_options())
+        self.ranks.run(self._main)
+        self._collect()
+
+    def _eval(self, note: Callable[[str], None]) -> None:
+        if self.config.eval.mode == "none":
+            self.results["stages"]["eval"] = {"status": "ok", "mode": "none"}
+            return
+        self._needs("train")
+        task = Task("eval", self.config, ("eval",), self.folder, self._source_options())
+        self._main = self._main or task
+        self.ranks.run(task)
+        self._describe(task)
+        self.results["stages"]["eval"] = _read(task.results / "eval.json")
+
+    def _reload(self, note: Callable[[str], None]) -> None:
+        self._needs("train")
+        source = self._source(note)
+        cells = []
+        targets = [Layout.parse(name) for name in self.config.reload.layouts or ()]
+        for number, target in enumerate(targets, 1):
+            note(f"reload {source.layout} -> {target} ({number}/{len(targets)})")
+            cells.append({"source": source.layout.name, "target": target.name, **self._reload_cell(source, target)})
+        note(f"reload {source.layout} -> one process, transformers alone")
+        cells.append({"source": source.layout.name, "target": REFERENCE.name, **self._huggingface_cell(source)})
+        failed = [cell for cell in cells if cell["status"] != "ok"]
+        stage = {"status": "failed" if failed else "ok", "checkpoint": str(source.checkpoint), "cells": cells}
+        if failed:
+            stage["reason"] = f"{len(failed)} of {len(cells)} cells: {failed[0]['target']}: {failed[0]['reason']}"
+        self.results["stages"]["reload"] = stage
+        _append(self.folder / "metrics.jsonl", {
+            "step": int(source.checkpoint.name.removeprefix("step")),
+            "reload/seconds": sum(cell["seconds"] for cell in cells),
+        })  # fmt: skip
+
+    def _reload_cell(self, source: Source, target: Layout) -> dict[str, Any]:
+        options = {
+            "checkpoint": str(source.checkpoint),
+            "trust_pickle": source.own or self.config.checkpoint.trust_pickle,
+            "model_seed": self.config.seed + 1,  # other weights: a load that loads nothing cannot pass
+        }
+        task = Task(f"reload-{target.name}", self.config.at(target), ("reload",), self.folder, options)
+        began = time.perf_counter()
+        try:
+            self.ranks.run(task)
+        except RankFailure as error:
+            log.error("reload %s failed: %s\n%s", target, error, error.trace)
+            return {"route": "portable", "status": "failed", "reason": str(error), "weights_bit_exact": None,
+                    "optimizer_bit_exact": None, "seconds": time.perf_counter() - began}  # fmt: skip
+        self._describe(task)
+        cell = _read(task.results / "reload.json")
+        return judged(cell, source.continuation, CONTINUATION_TOLERANCE[self.config.train.precision])
+
+    def _huggingface_cell(self, source: Source) -> dict[str, Any]:
+        """`from_pretrained` in a fresh process in which deepspeed cannot be imported."""
+        began = time.perf_counter()
+        out = self.folder / "ranks" / "huggingface.json"
+        out.parent.mkdir(exist_ok=True)
+        command = [
+            sys.executable, "-m", "ulysses_exp.checkpoints.huggingface_check", str(source.checkpoint),
+            "--out", str(out),
+        ]  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True)
+        seconds = time.perf_counter() - began
+        if done.returncode:
+            log.error("reload by from_pretrained failed:\n%s", done.stderr)
+            reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            return {"route": "huggingface", "status": "failed", "reason": reason, "weights_bit_exact": None,
+                    "optimizer_bit_exact": None, "seconds": seconds}  # fmt: skip
+        result = _read(out)
+        exact = result["weights_bit_exact"]
+        cell = {
+            "route": "huggingface",
+            "status": "ok" if exact else "failed",
+            "optimizer_bit_exact": None,
+            "seconds": seconds,
+            **result,
+        }
+        if not exact:
+            cell["reason"] = "the weights that from_pretrained loads are not those that were trained"
+        return cell
+
+    def _parity(self, note: Callable[[str], None]) -> None:
+        from ulysses_exp.stages import parity
+
+        tasks = []
+        for name, layout in (("parity-reference", REFERENCE), ("parity-layout", self.config.layout)):
+            note(f"parity: {layout.name}{' (reference)' if layout == REFERENCE else ''}")
+            tasks.append(Task(name, self.config.at(layout), ("trajectory",), self.folder))
+            self.ranks.run(tasks[-1])
+            self._describe(tasks[-1])
+        reference, layout = (task.results for task in tasks)
+        self.results["stages"]["parity"] = parity.compare(
+            self.config, reference, layout, (_read(reference / "trajectory.json"), _read(layout / "trajectory.json"))
+        )
+        for weights in (*reference.glob("weights*"), *layout.glob("weights*")):
+            weights.unlink()
+
+    def _plan(self, note: Callable[[str], None]) -> None:
+        from ulysses_exp.stages.plan import plan
+
+        self.results["stages"]["plan"] = plan(self.config)
+
+    # -- what stages share ------------------------------------------------------------------------------------
+
+    def _needs(self, stage: str) -> None:
+        entry = self.results["stages"].get(stage)
+        if stage in self.config.stages and (entry is None or entry["status"] != "ok"):
+            raise StageFailure(f"stage {stage} did not end well, so there is nothing to work on")
+
+    def _source_options(self) -> dict[str, Any]:
+        if self.config.checkpoint.source is None:
+            return {}
+        return {"checkpoint": str(_checkpoint_of(Path(self.config.checkpoint.source).expanduser()))}
+
+    def _source(self, note: Callable[[str], None]) -> Source:
+        train = self.results["stages"].get("train")
+        if train is not None:
+            losses = _read_if_there(self.folder / "ranks" / "main" / "continuation.json").get("loss")
+            return Source(self.folder / train["checkpoint"], self.config.layout, True, losses)
+        run_folder = Path(self.config.checkpoint.source or "").expanduser()
+        checkpoint = _checkpoint_of(run_folder)
+        results = _read_if_there(run_folder / "results.json")
+        layout = Layout.parse(_read(checkpoint / "manifest.json")["layout"])
+        losses = results.get("stages", {}).get("train", {}).get("continuation_loss")
+        if (losses is None or len(losses) < self.config.reload.steps) and self.config.reload.steps:
+            note(f"continuing {run_folder.name} at {layout} for comparison")
+            task = Task("continuation", self.config.at(layout), ("continuation",), self.folder,
+                        {"checkpoint": str(checkpoint)})  # fmt: skip
+            self.ranks.run(task)
+            self._describe(task)
+            losses = _read(task.results / "continuation.json")["loss"]
+        return Source(checkpoint, layout, False, losses)
+
+    def _collect(self) -> None:
+        """Takes over what the main task has left so far, also when a later part of it failed."""
+        if self._main is None:
+            return
+        self._describe(self._main)
+        for work in ("train", "eval"):
+            if result := _read_if_there(self._main.results / f"{work}.json"):
+                self.results["stages"].setdefault(work, result)
+        if losses := _read_if_there(self._main.results / "continuation.json").get("loss"):
+            self.results["stages"]["train"]["continuation_loss"] = losses
+
+    def _describe(self, task: Task) -> None:
+        self.results.update(_read_if_there(task.results / "session.json"))
+
+    # -- results.json -----------------------------------------------------------------------------------------
+
+    def interrupt(self) -> None:
+        """Says that the user stopped the job."""
+        self._collect()
+        self.results.update(status="interrupted", error="interrupted")
+
+    def finish(self) -> None:
+        """Settles the status and writes results.json for the last time."""
+        stages = self.results["stages"]
+        if self.results["status"] != "interrupted":
+            failed = [name for name in self.config.stages if stages.get(name, {}).get("status") != "ok"]
+            self.results["status"] = "failed" if failed else "ok"
+            self.results["error"] = (
+                f"stage {failed[0]}: {stages.get(failed[0], {}).get('reason', 'did not run')}" if failed else None
+            )
+        self.results["seconds"] = round(time.time() - self.results["started"], 3)
+        self.write()
+
+    def write(self) -> None:
+        """results.json, whole or not at all."""
+        temporary = self.folder / "results.json.tmp"
+        temporary.write_text(json.dumps(self.results, indent=1, allow_nan=True))
+        temporary.replace(self.folder / "results.json")
+
+
+def judged(cell: dict[str, Any], uninterrupted: list[float] | None, tolerance: float) -> dict[str, Any]:
+    """`cell` with its status: bit-exact weights and states, and losses that go on as if nothing had happened."""
+    losses = cell.pop("loss")
+    cell["continuation_max_abs_loss_diff"] = None
+    problems = []
+    if cell["weights_bit_exact"] is not True:
+        problems.append("weights are not bit-exact")
+    if cell["optimizer_bit_exact"] is False:
+        problems.append("optimizer states are not bit-exact")
+    if uninterrupted and losses:
+        differences = [abs(a - b) for a, b in zip(losses, uninterrupted, strict=False)]
+        cell["continuation_max_abs_loss_diff"] = max(differences)
+        if max(d / max(abs(b), 1e-30) for d, b in zip(differences, uninterrupted, strict=False)) > tolerance:
+            problems.append(f"the next losses differ by {max(differences):.2e} from the uninterrupted run's")
+    cell["status"] = "failed" if problems else "ok"
+    if problems:
+        cell["reason"] = "; ".join(problems)
+    return cell
+
+
+@contextlib.contextmanager
+def following(path: Path, progress: Progress, tracker: Tracker) -> Iterator[None]:
+    """While open, hands every line that rank 0 adds to metrics.jsonl to the terminal and to the tracker."""
+    done = threading.Event()
+
+    def follow() -> None:
+        while not path.exists():
+            if done.wait(0.05):
+                return
+        with path.open() as file:
+            rest = ""
+            while True:
+                last = done.is_set()  # read once more after the ranks have ended
+                rest += file.read()
+                *lines, rest = rest.split("\n")
+                for line in lines:
+                    metrics = json.loads(line)
+                    step = metrics.pop("step")
+                    tracker.log(metrics, step)
+                    progress.step({"step": step, **metrics})
+                if last:
+                    return
+                done.wait(0.1)
+
+    thread = threading.Thread(target=follow, name="metrics", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+@contextlib.contextmanager
+def _run_log(folder: Path) -> Iterator[None]:
+    """run.log: what happened, with the full traces that the terminal is spared."""
+    handler = logging.FileHandler(folder / "run.log")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    log.setLevel(logging.INFO)
+    log.addHandler(handler)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        handler.close()
+
+
+def _plain(config: Config) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    return asdict(config)
+
+
+def _installed(name: str) -> bool:
+    try:
+        version(name)
+    except ImportError:  # PackageNotFoundError: run from a checkout without installing
+        return False
+    return True
+
+
+def _model_before_start(config: Config) -> dict[str, Any]:
+    """What the configuration says of the model; the ranks replace it by what they built."""
+    known = architecture(config)
+    known = known.get("text_config", known)
+    heads = known.get("num_attention_heads", 0)
+    return {
+        "name": config.model.name if config.model.name_or_path is None else config.model.name_or_path,
+        "parameters": 0,
+        "layers": known.get("num_hidden_layers", 0),
+        "hidden": known.get("hidden_size", 0),
+        "heads": heads,
+        "kv_heads": known.get("num_key_value_heads") or heads,
+        "attention": config.sp.attention,
+    }
+
+
+def _checkpoint_of(run_folder: Path) -> Path:
+    """The newest checkpoint of a run folder, or the folder itself where it is one. Raises StageFailure."""
+    if (run_folder / "manifest.json").exists():
+        return run_folder
+    latest = run_folder / "checkpoints" / "latest"
+    if not latest.exists():
+        raise StageFailure(f"{run_folder} holds no checkpoint (no checkpoints/latest)")
+    return latest.parent / latest.read_text().strip()
+
+
+def _append(path: Path, entry: dict[str, Any]) -> None:
+    with path.open("a") as file:
+        file.write(json.dumps(entry) + "\n")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text())
+
+
+def _read_if_there(path: Path) -> dict[str, Any]:
+    return _read(path) if path.exists() else {}
+
+
+__all__ = ["Job", "replace", "run"]

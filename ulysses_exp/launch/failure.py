@@ -1,0 +1,53 @@
+"""Which rank failed first, and why."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+import traceback
+from pathlib import Path
+
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "std::bad_alloc")
+
+
+class RankFailure(Exception):
+    """`str()` is for the user: the rank, what it said. `trace` is for the log."""
+
+    def __init__(self, rank: int, message: str, trace: str = ""):
+        super().__init__(f"rank {rank}: {message}")
+        self.rank, self.message, self.trace = rank, message, trace
+
+
+def record(folder: Path, rank: int, error: BaseException) -> None:
+    """Leaves `error` of `rank` where the parent finds it. The time tells the first failure from those it caused."""
+    text = str(error)
+    oom = isinstance(error, MemoryError) or any(mark in text.lower() for mark in _OUT_OF_MEMORY)
+    message = f"{type(error).__name__}: {text}" if text else type(error).__name__
+    entry = {
+        "time": time.time(),
+        "message": f"out of memory ({message})" if oom else message,
+        "trace": "".join(traceback.format_exception(error)),
+    }
+    (folder / f"error-rank{rank}.json").write_text(json.dumps(entry))
+
+
+def first_failure(folder: Path, exitcodes: dict[int, int | None]) -> RankFailure:
+    """The failure that the others followed from: a rank that was killed, else the earliest error written to `folder`."""
+    for rank, code in exitcodes.items():
+        if code is not None and code < 0:
+            name = signal.Signals(-code).name
+            hint = (
+                " (SIGKILL: the kernel's answer to out of memory, unless somebody sent it)" if name == "SIGKILL" else ""
+            )
+            return RankFailure(rank, f"killed by {name}{hint}")
+    errors = []
+    for path in folder.glob("error-rank*.json"):
+        entry = json.loads(path.read_text())
+        errors.append((entry["time"], int(path.stem.removeprefix("error-rank")), entry))
+    if errors:
+        _, rank, entry = min(errors, key=lambda e: e[:2])
+        lines = entry["message"].splitlines()
+        return RankFailure(rank, next((line for line in lines if line.strip()), "no message"), entry["trace"])
+    rank, code = next(((r, c) for r, c in exitcodes.items() if c), (0, None))
+    return RankFailure(rank, f"ended with exit code {code} and no message")

@@ -1,0 +1,20 @@
+"""What every rank imports, imported once: the forkserver loads this module and each rank is a fork of it.
+
+Only imports: a torch operation here would start threads that a fork does not inherit.
+"""
+
+import os
+
+# DeepSpeed's shared-memory all-reduce leaves 69 MB a rank in /dev/shm where LOCAL_SIZE is set (docs/findings.md)
+os.environ.pop("LOCAL_SIZE", None)
+
+import deepspeed
+import deepspeed.runtime.sequence_parallel.parallel_state_sp
+import deepspeed.runtime.sequence_parallel.ulysses_sp
+import deepspeed.runtime.zero.muon.original_muon  # the first ZeRO engine imports it, and with it torch._inductor
+import transformers
+import transformers.models.llama.modeling_llama
+
+import ulysses_exp.worker
+
+__all__ = ["deepspeed", "transformers", "ulysses_exp"]

@@ -1,0 +1,103 @@
+"""What a stage works with on one rank: the engine, its attention, the data, the counters."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+import torch
+
+from ulysses_exp import memory as memory_savers
+from ulysses_exp import models, training
+from ulysses_exp.attention import Ulysses, ulysses
+from ulysses_exp.config import Config, device_of
+from ulysses_exp.data import Batches, Corpus, load_corpus
+from ulysses_exp.launch.task import Task
+from ulysses_exp.layout import Layout
+from ulysses_exp.metrics.communication import AllToAllCounter
+
+
+@dataclass
+class Session:
+    """One rank's part of a job. `step` counts optimizer steps that the engine has made."""
+
+    task: Task
+    rank: int
+    device: torch.device
+    engine: deepspeed.DeepSpeedEngine
+    attention: Ulysses
+    corpus: Corpus
+    batches: Batches
+    all_to_alls: AllToAllCounter
+    model: dict[str, Any]  # the `model` entry of results.json
+    step: int = 0
+
+    @property
+    def config(self) -> Config:
+        return self.task.config
+
+    @property
+    def layout(self) -> Layout:
+        return self.task.layout
+
+    def to_device(self, tensor: torch.Tensor) -> torch.Tensor:
+        """From host memory to this rank's device, without waiting for the copy."""
+        if self.device.type == "cpu":
+            return tensor
+        return tensor.pin_memory().to(self.device, non_blocking=True)
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """A line of metrics.jsonl, written now. Rank 0 only; the parent shows it and hands it to the tracker."""
+        if self.rank == 0:
+            with (self.task.folder / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps({"step": step, **metrics}) + "\n")
+
+    def describe(self) -> dict[str, Any]:
+        """What results.json says of model and machine."""
+        device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
+        return {
+            "model": self.model,
+            "device": device,
+            "data": {"name": self.corpus.name, "sha256": self.corpus.sha256},
+            "threads_per_rank": torch.get_num_threads(),
+        }
+
+
+@contextlib.contextmanager
+def open_session(task: Task, rank: int) -> Iterator[Session]:
+    """Builds what `task` needs on this rank and takes it down again. Collective over the ranks of the task."""
+    config = task.config
+    device = torch.device("cuda", torch.cuda.current_device()) if device_of(config) == "cuda" else torch.device("cpu")
+    with contextlib.ExitStack() as stack:
+        all_to_alls = stack.enter_context(AllToAllCounter())
+        model = models.build(config, task.options.get("model_seed"))
+        description = models.describe(config, model.config, sum(p.numel() for p in model.parameters()))
+        corpus = load_corpus(config, model.config.get_text_config().vocab_size)
+        memory_savers.apply(model, config.memory)
+        attention = stack.enter_context(
+            ulysses(
+                model,
+                sp=config.sp.size,
+                attention=config.sp.attention,
+                exchange=config.sp.exchange,
+                micro_batch_size=config.train.micro_batch_size,
+                disable_in_eval=True,
+            )
+        )
+        engine = training.build_engine(config, model, attention.mpu)
+        stack.callback(engine.destroy)
+        yield Session(
+            task=task,
+            rank=rank,
+            device=device,
+            engine=engine,
+            attention=attention,
+            corpus=corpus,
+            batches=Batches(config, corpus, rank),
+            all_to_alls=all_to_alls,
+            model=description,
+        )

@@ -1,0 +1,135 @@
+"""Stage `eval`: held-out loss with sequence parallelism bypassed, with it on, or both and compared."""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from ulysses_exp import checkpoints
+from ulysses_exp.data import MicroBatch
+from ulysses_exp.session import Session
+
+
+def evaluate(session: Session) -> dict[str, Any]:
+    """Runs `eval.mode` over the first `eval.sequences` held-out sequences. Collective."""
+    if source := session.task.options.get("checkpoint"):
+        if not session.step:
+            session.step = checkpoints.load(
+                session.engine, Path(source), layout=session.layout, trust_pickle=session.config.checkpoint.trust_pickle
+            ).step
+    mode, why = choose_mode(session)
+    result: dict[str, Any] = {"status": "ok", "mode": mode, "sequences": session.config.eval.sequences}
+    if why:
+        result["mode_reason"] = why
+    session.engine.eval()
+    with torch.no_grad():
+        for name in ("bypass", "sp"):
+            if mode in (name, "both"):
+                result[name] = _loss(session, bypass=name == "bypass")
+                session.log(session.step, {f"eval/{name}/loss": result[name]["loss"]})
+        if mode == "both":
+            result["max_abs_logit_diff"] = _logit_difference(session)
+            result["abs_loss_diff"] = abs(result["bypass"]["loss"] - result["sp"]["loss"])
+    session.attention.disable_in_eval = True
+    session.engine.train()
+    return result
+
+
+def choose_mode(session: Session) -> tuple[str, str | None]:
+    """What `auto` means here, and why: bypass where one rank's memory holds the whole sequence, else sp."""
+    mode = session.config.eval.mode
+    if mode != "auto":
+        return mode, None
+    text = session.engine.module.config.get_text_config()
+    item = 2 if session.config.train.precision == "bf16" else 4
+    # the widest moment without gradients: logits in the model's type and in fp32, or one layer's MLP
+    widest = max(
+        text.vocab_size * (item + 4), (2 * getattr(text, "intermediate_size", 0) + 4 * text.hidden_size) * item
+    )
+    need = session.config.train.seq_len * widest
+    free = _free_bytes(session)
+    fits = need < 0.8 * free
+    return ("bypass" if fits else "sp"), (
+        f"a whole sequence needs about {need / 2**20:.0f} MiB on one rank, {free / 2**20:.0f} MiB are free"
+    )
+
+
+def _free_bytes(session: Session) -> int:
+    """Free memory of the tightest rank."""
+    if session.device.type == "cuda":
+        free = torch.cuda.mem_get_info(session.device)[0]
+    else:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+        free = available // session.layout.world
+    tightest = torch.tensor(free, device=session.device)
+    dist.all_reduce(tightest, op=dist.ReduceOp.MIN)
+    return int(tightest)
+
+
+def _logits(session: Session, batch: MicroBatch, bypass: bool) -> torch.Tensor:
+    """[batch, tokens of `batch`, vocabulary] in fp32."""
+    session.attention.disable_in_eval = bypass
+    mask = batch.global_mask
+    if not bypass:
+        session.attention.begin(batch.global_position_ids, mask)
+    whole = bypass or session.layout.sp == 1
+    move = session.to_device
+    output = session.engine(
+        input_ids=move(batch.input_ids),
+        position_ids=move(batch.position_ids),
+        attention_mask=move(mask) if whole and mask is not None else None,
+        use_cache=False,
+    )
+    return output.logits.float()
+
+
+def _loss(session: Session, bypass: bool) -> dict[str, Any]:
+    """Mean loss over the held-out targets, each counted once."""
+    layout, total = session.layout, session.config.eval.sequences
+    # bypass: every rank evaluates sequences of its own; sp: the ranks of a group share theirs
+    owners, mine = (layout.world, session.rank) if bypass else (layout.dp, layout.dp_rank(session.rank))
+    rounds = math.ceil(total / owners)  # the same on all ranks: under ZeRO 3 a forward is collective
+    sums = torch.zeros(3, dtype=torch.float64, device=session.device)  # loss, targets, tokens
+    dist.barrier()
+    began, mark = time.perf_counter(), session.all_to_alls.now
+    for i in range(rounds):
+        index = i * owners + mine
+        batch = session.batches.micro_batch("eval", [min(index, total - 1)], whole=bypass)
+        logits = _logits(session, batch, bypass)
+        if index < total:
+            labels = session.to_device(batch.labels)
+            sums[0] += F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum").double()
+            sums[1] += (labels != -100).sum()
+            sums[2] += batch.global_tokens / (1 if bypass else layout.sp)
+    calls = torch.tensor(session.all_to_alls.since(mark)[0], device=session.device)
+    dist.all_reduce(sums)
+    dist.all_reduce(calls, op=dist.ReduceOp.MAX)
+    seconds = time.perf_counter() - began
+    loss = float(sums[0] / sums[1].clamp(min=1))
+    return {
+        "loss": loss,
+        "perplexity": math.exp(min(loss, 700.0)),
+        "all_to_all_calls": int(calls),
+        "tokens_per_second": float(sums[2]) / seconds,
+    }
+
+
+def _logit_difference(session: Session) -> float:
+    """Largest difference between the two modes' logits at real tokens, over one sequence per data-parallel rank."""
+    index = [session.layout.dp_rank(session.rank) % session.config.eval.sequences]
+    whole = session.batches.micro_batch("eval", index, whole=True)
+    shared = session.batches.micro_batch("eval", index)
+    part = session.batches.slice
+    difference = (_logits(session, whole, True)[:, part] - _logits(session, shared, False)).abs().amax(-1)
+    if whole.global_mask is not None:
+        difference = difference * session.to_device(whole.global_mask[:, part])
+    largest = difference.max().double()
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return float(largest)

@@ -1,0 +1,107 @@
+"""Stage `parity`: the same optimizer steps in the configured layout and in a single process, compared step by step.
+
+`trajectory` runs on ranks, once in each layout; `compare` runs in the parent on what they left.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import load_file
+
+from ulysses_exp.config import Config
+from ulysses_exp.layout import REFERENCE
+
+#: Relative. In fp32 two layouts add the same numbers in another order: measured at most 1e-7 (benchmarks/parity).
+#: bf16 keeps 8 bits: weights and gradients are rounded by up to 2^-9 = 2e-3 at every operation, and sums over ranks are
+#: rounded again; a wrong gradient scale (sp x, at least 2 x) or a lost mask is still two orders of magnitude larger.
+TOLERANCE = {"fp32": 1e-6, "bf16": 2e-2}
+
+
+def trajectory(session) -> dict[str, Any]:
+    """`parity.steps` optimizer steps; rank 0 leaves the fp32 weights after each as `weights<step>.safetensors`."""
+    from safetensors.torch import save_file
+
+    from ulysses_exp import checkpoints
+    from ulysses_exp.training import optimizer_step
+
+    losses, norms = [], []
+    session.engine.train()
+    for step in range(session.config.parity.steps):
+        result = optimizer_step(session, step)
+        losses.append(result.loss)
+        norms.append(result.grad_norm)
+        weights = {name: tensor.clone() for name, tensor in checkpoints.full_weights(session.engine)}
+        if session.rank == 0:
+            save_file(weights, session.task.results / f"weights{step + 1}.safetensors")
+    return {"loss": losses, "grad_norm": norms}
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Where a layout first leaves the reference."""
+
+    step: int
+    what: str
+    value: float
+
+
+def compare(config: Config, reference: Path, layout: Path, runs: tuple[dict, dict]) -> dict[str, Any]:
+    """Holds the layout's trajectory against the reference's.
+
+    Args:
+        reference, layout: folders with the weights that `trajectory` left.
+        runs: what `trajectory` returned for each.
+
+    Returns:
+        The `parity` entry of results.json: a row a step, the largest differences, and the first one beyond tolerance.
+        A weight tensor's difference is the largest absolute one over the largest absolute weight of the tensor.
+    """
+    tolerance = config.parity.tolerance or TOLERANCE[config.train.precision]
+    rows: list[dict[str, Any]] = []
+    first: Difference | None = None
+    for step in range(1, config.parity.steps + 1):
+        loss, norm = (_relative(runs[1][key][step - 1], runs[0][key][step - 1]) for key in ("loss", "grad_norm"))
+        name, weight = _worst_weight(reference, layout, step)
+        rows.append({"step": step, "loss": loss, "grad_norm": norm, "weight": weight, "parameter": name})
+        for what, value in (("loss", loss), ("grad_norm", norm), (name, weight)):
+            if first is None and not value <= tolerance:
+                first = Difference(step, what, value)
+    result = {
+        "status": "ok" if first is None else "failed",
+        "reference": REFERENCE.name,
+        "steps": config.parity.steps,
+        "tolerance": tolerance,
+        "max_rel_loss_diff": max(row["loss"] for row in rows),
+        "max_rel_grad_norm_diff": max(row["grad_norm"] for row in rows),
+        "max_rel_weight_diff": max(row["weight"] for row in rows),
+        "rows": rows,
+    }
+    if first is not None:
+        result["first_difference"] = {"step": first.step, "what": first.what, "value": first.value}
+        result["reason"] = (
+            f"{config.layout.name} differs from {REFERENCE.name} first at step {first.step}: "
+            f"{first.what} by {first.value:.2e} relative, tolerance {tolerance:g}"
+        )
+    return result
+
+
+def _relative(value: float, reference: float) -> float:
+    return abs(value - reference) / max(abs(reference), 1e-30)
+
+
+def _worst_weight(reference: Path, layout: Path, step: int) -> tuple[str, float]:
+    """The parameter that differs most after `step`, and by how much."""
+    ours, theirs = (load_file(folder / f"weights{step}.safetensors") for folder in (layout, reference))
+    if ours.keys() != theirs.keys():
+        raise RuntimeError(f"parameters differ between layouts: {sorted(ours.keys() ^ theirs.keys())[:3]}")
+    worst, largest = "", -1.0
+    for name, tensor in theirs.items():
+        scale = max(float(np.abs(tensor).max()), 1e-30)
+        difference = float(np.abs(ours[name] - tensor).max()) / scale
+        if not difference <= largest:  # also for NaN
+            worst, largest = name, difference
+    return worst, largest

@@ -1,0 +1,132 @@
+"""Stage `train`: optimizer steps, their metrics, and a checkpoint at the end."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ulysses_exp import checkpoints
+from ulysses_exp.metrics import flops, memory, throughput
+from ulysses_exp.session import Session
+from ulysses_exp.training import Step, optimizer_step
+
+
+def train(session: Session) -> dict[str, Any]:
+    """Trains to optimizer step `train.steps`, from the checkpoint `checkpoint.source` where there is one."""
+    config = session.config
+    if source := session.task.options.get("checkpoint"):
+        loaded = checkpoints.load(
+            session.engine, Path(source), layout=session.layout, trust_pickle=config.checkpoint.trust_pickle
+        )
+        session.step = loaded.step
+    first = session.step
+    session.engine.train()
+    memory.reset_peak(session.device)
+    work = flops.step_flops(
+        session.engine.module.config,
+        seq_len=config.train.seq_len,
+        sequences=config.train.global_batch_size,
+        recompute=config.memory.checkpointing != "none",
+    )
+    peak = flops.peak_flops(session.describe()["device"], config.train.precision)
+    steps: list[Step] = []
+    saved = None
+    with _profiler(session) as profiler:
+        while session.step < config.train.steps:
+            step = optimizer_step(session, session.step)
+            session.step += 1
+            steps.append(step)
+            session.log(session.step, metrics(session, step, work, peak))
+            profiler.step()
+            if config.checkpoint.every and session.step % config.checkpoint.every == 0:
+                saved = save(session)
+    if saved is None or saved.name != f"step{session.step}":
+        saved = save(session)
+
+    seconds = throughput.step_time([s.seconds for s in steps], config.train.unmeasured_steps)
+    measured = steps[config.train.unmeasured_steps :] or steps
+    tokens_per_second = sum(s.tokens for s in measured) / len(measured) / seconds["median"]
+    per_rank = [max(column) for column in zip(*(s.peak_memory for s in steps), strict=True)]
+    world = session.layout.world
+    return {
+        "status": "ok",
+        "steps": len(steps),
+        "first_step": first,
+        "loss": [s.loss for s in steps],
+        "grad_norm": [s.grad_norm for s in steps],
+        "learning_rate": [s.learning_rate for s in steps],
+        "tokens_per_second": tokens_per_second,
+        "tokens_per_step": steps[-1].tokens,
+        "step_time_s": seconds,
+        "unmeasured_steps": min(config.train.unmeasured_steps, len(steps) - 1),
+        "model_flops_per_step": work.model,
+        "hardware_flops_per_step": work.hardware,
+        "mfu": work.model / seconds["median"] / world / peak if peak else None,
+        "hfu": work.hardware / seconds["median"] / world / peak if peak else None,
+        "peak_memory_bytes": {"max": max(per_rank), "per_rank": per_rank},
+        "communication": {
+            "all_to_all_calls_per_step": steps[-1].all_to_all_calls,
+            "all_to_all_bytes_per_step": steps[-1].all_to_all_bytes,
+        },
+        "checkpoint": str(saved.relative_to(session.task.folder)),
+        "weights_identical_across_ranks": checkpoints.weights_identical(session.engine, dist.group.WORLD),
+    }
+
+
+def metrics(session: Session, step: Step, work: flops.StepFlops, peak: float | None) -> dict[str, float]:
+    """One line of metrics.jsonl, names as in the contract."""
+    world = session.layout.world
+    line = {
+        "train/loss": step.loss,
+        "train/grad_norm": step.grad_norm,
+        "train/learning_rate": step.learning_rate,
+        "perf/tokens_per_second": step.tokens / step.seconds,
+        "perf/tokens_per_second_per_rank": step.tokens / step.seconds / world,
+        "perf/step_time_s": step.seconds,
+        "perf/input_time_s": step.input_seconds,
+        "perf/tflops_per_rank": work.model / step.seconds / world / 1e12,
+        "memory/peak_bytes_max": max(step.peak_memory),
+        "memory/peak_bytes_mean": sum(step.peak_memory) / len(step.peak_memory),
+        "comm/all_to_all_bytes": step.all_to_all_bytes,
+        "comm/all_to_all_calls": step.all_to_all_calls,
+    }
+    if peak:
+        line["perf/mfu"] = work.model / step.seconds / world / peak
+        line["perf/hfu"] = work.hardware / step.seconds / world / peak
+    return line
+
+
+def save(session: Session) -> Path:
+    """Writes `checkpoints/step<N>` of the run folder. Collective."""
+    folder = session.task.folder / "checkpoints" / f"step{session.step}"
+    config = session.config
+    state = {"seed": config.seed, "model": session.model, "data_sha256": session.corpus.sha256}
+    checkpoints.save(
+        session.engine, folder, layout=session.layout, step=session.step, state=state, keep=config.checkpoint.keep
+    )
+    return folder
+
+
+@contextlib.contextmanager
+def _profiler(session: Session):
+    """With `train.profile`: a torch profiler trace of two steps of rank 0 in the run folder."""
+    if not session.config.train.profile:
+        yield _NoProfiler()
+        return
+    wait = min(session.config.train.unmeasured_steps, max(0, session.config.train.steps - 3))
+    target = session.task.folder / "profile" / f"rank{session.rank}.json"
+    target.parent.mkdir(exist_ok=True)
+    with torch.profiler.profile(
+        schedule=torch.profiler.schedule(wait=wait, warmup=1, active=2, repeat=1),
+        on_trace_ready=lambda p: p.export_chrome_trace(str(target)),
+    ) as profiler:
+        yield profiler
+
+
+class _NoProfiler:
+    def step(self) -> None:
+        """Nothing to record."""

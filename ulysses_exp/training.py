@@ -1,0 +1,166 @@
+"""The DeepSpeed engine, the scale of the loss, and the optimizer step."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from transformers import PreTrainedModel, get_scheduler
+
+from ulysses_exp.config import Config
+from ulysses_exp.data import MicroBatch
+from ulysses_exp.layout import Layout
+from ulysses_exp.metrics import memory
+
+if TYPE_CHECKING:
+    from ulysses_exp.session import Session
+
+
+def deepspeed_config(config: Config) -> dict[str, Any]:
+    """What `deepspeed.initialize` is told."""
+    zero: dict[str, Any] = {"stage": config.zero.stage}
+    if config.zero.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu"}
+    if config.zero.offload_parameters:
+        zero["offload_param"] = {"device": "cpu"}
+    return {
+        "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
+        "gradient_accumulation_steps": config.accumulation,
+        "gradient_clipping": config.optim.grad_clip,
+        "bf16": {"enabled": config.train.precision == "bf16"},
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,  # torch's SGD
+        "zero_force_ds_cpu_optimizer": False,  # torch's AdamW also with offload: no operator to compile
+        "steps_per_print": 1 << 30,
+    }
+
+
+def optimizer(config: Config, model: PreTrainedModel) -> torch.optim.Optimizer:
+    """torch's own, over all parameters in one group."""
+    o = config.optim
+    if o.name == "sgd":
+        return torch.optim.SGD(model.parameters(), lr=o.lr, momentum=o.momentum, weight_decay=o.weight_decay)
+    return torch.optim.AdamW(
+        model.parameters(), lr=o.lr, betas=(o.beta1, o.beta2), eps=o.eps, weight_decay=o.weight_decay
+    )
+
+
+def build_engine(config: Config, model: PreTrainedModel, mpu: Any) -> deepspeed.DeepSpeedEngine:
+    """Wraps `model` in DeepSpeed with the configured optimizer and schedule. `mpu` is None without sequence parallelism."""
+    if config.train.precision == "bf16":
+        model.to(torch.bfloat16)
+    steps = optimizer(config, model)
+    schedule = get_scheduler(config.optim.schedule, steps, config.optim.warmup_steps, config.train.steps)
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=steps, lr_scheduler=schedule, config=deepspeed_config(config), mpu=mpu
+    )
+    return engine
+
+
+def gradient_scale(layout: Layout) -> int:
+    """What a rank's share of the loss is multiplied by, so that DeepSpeed's reduction yields the gradient of the mean loss.
+
+    Each rank back-propagates its own targets' loss over the token count of the whole step, so the true gradient is the
+    plain *sum* over ranks. DeepSpeed 0.19.8 sums and then divides: by world / sp = dp in stages 0 to 2 (engine.py
+    `allreduce_bucket`, stage_1_and_2.py), by world in stage 3 (coalesced_collectives.py `reduce_scatter_coalesced`).
+    """
+    return layout.world if layout.zero == 3 else layout.dp
+
+
+@dataclass
+class Step:
+    """What one optimizer step came to, the same on every rank. Times in seconds, sizes in bytes."""
+
+    loss: float  # mean over all targets of the step
+    grad_norm: float  # of the mean loss, before clipping
+    learning_rate: float
+    tokens: int  # without padding, each once
+    seconds: float
+    input_seconds: float
+    peak_memory: list[int]  # per rank, since the stage began
+    all_to_all_calls: int  # of the busiest rank
+    all_to_all_bytes: int
+
+
+def forward(session: Session, batch: MicroBatch, **labels: Any) -> Any:
+    """The model on this rank's slice. Tells the attention the whole sequences' positions and padding first."""
+    mask = batch.global_mask
+    session.attention.begin(batch.global_position_ids, mask)
+    local_mask = mask if mask is not None and session.layout.sp == 1 else None
+    move = session.to_device
+    return session.engine(
+        input_ids=move(batch.input_ids),
+        position_ids=move(batch.position_ids),
+        attention_mask=None if local_mask is None else move(local_mask),
+        use_cache=False,
+        **labels,
+    )
+
+
+def optimizer_step(session: Session, step: int) -> Step:
+    """One optimizer step over `train.global_batch_size` sequences. Collective over all ranks."""
+    engine, layout, device = session.engine, session.layout, session.device
+    began = time.perf_counter()
+    mark = session.all_to_alls.now
+    batches = session.batches.step(step)
+    input_seconds = time.perf_counter() - began
+
+    first = layout.sp_rank(session.rank) == 0
+    counts = torch.tensor(
+        [
+            sum(batch.global_targets for batch in batches) if first else 0,
+            sum(batch.global_tokens for batch in batches) if first else 0,
+        ],
+        device=device,
+    )
+    dist.all_reduce(counts)
+    # transformers divides the summed loss of a micro batch by this
+    items = counts[0].clamp(min=1).double() / gradient_scale(layout)
+
+    share = torch.zeros((), dtype=torch.float64, device=device)
+    for batch in batches:
+        labels = session.to_device(batch.labels)
+        # always through the engine: under ZeRO 3 a call of the module itself drops all but one micro batch
+        loss = forward(session, batch, labels=labels, shift_labels=labels, num_items_in_batch=items.float()).loss
+        engine.backward(loss, scale_wrt_gas=False)
+        share += loss.detach().double() / gradient_scale(layout)
+        if engine.is_gradient_accumulation_boundary() and layout.zero == 0 and session.config.train.precision == "fp32":
+            norm = _norm(engine)  # engine.get_global_grad_norm() is None at stage 0 in fp32
+            learning_rate = engine.get_lr()[0]
+        elif engine.is_gradient_accumulation_boundary():
+            norm, learning_rate = None, engine.get_lr()[0]
+        engine.step()
+    if norm is None:
+        norm = torch.as_tensor(engine.get_global_grad_norm())
+
+    calls, size = session.all_to_alls.since(mark)
+    row = torch.stack(
+        [share, *torch.tensor([memory.peak(device), calls, size], dtype=torch.float64, device=device).unbind()]
+    )
+    rows = torch.empty(layout.world, 4, dtype=torch.float64, device=device)
+    dist.all_gather_into_tensor(rows, row)
+    table = rows.cpu()
+    return Step(
+        loss=float(table[:, 0].sum()),
+        grad_norm=float(norm),
+        learning_rate=learning_rate,
+        tokens=int(counts[1]),
+        seconds=time.perf_counter() - began,
+        input_seconds=input_seconds,
+        peak_memory=[int(x) for x in table[:, 1]],
+        all_to_all_calls=int(table[:, 2].max()),
+        all_to_all_bytes=int(table[:, 3].max()),
+    )
+
+
+def _norm(engine: deepspeed.DeepSpeedEngine) -> torch.Tensor:
+    """L2 norm of the reduced gradients, which stage 0 leaves whole on every rank."""
+    return torch.linalg.vector_norm(
+        torch.stack(
+            [torch.linalg.vector_norm(p.grad.double()) for p in engine.module.parameters() if p.grad is not None]
+        )
+    )
