@@ -169,10 +169,12 @@ def summary(results: dict[str, Any], folder: Path, console: Console, how_to_open
         if (stage := stages.get(name)) and stage.get("status") != "ok" and not stage.get("cells"):
             _trouble(facts, name, stage)
     console.print(facts)
-    for table in (_evaluation(stages.get("eval")), _reload(stages.get("reload"), arrow)):
+    for table, remarks in (_evaluation(stages.get("eval")), _reload(stages.get("reload"), arrow)):
         if table is not None:
             console.print()
             console.print(table)
+        for remark in remarks:
+            console.print(Text(remark, style="dim"))
 
     console.print()
     for label, text, style in (
@@ -252,10 +254,10 @@ def _plan(facts: Table, stage: Mapping[str, Any] | None) -> None:
         _trouble(facts, "plan", stage)
 
 
-def _evaluation(stage: Mapping[str, Any] | None) -> Table | None:
+def _evaluation(stage: Mapping[str, Any] | None) -> tuple[Table | None, list[str]]:
     modes = [mode for mode in ("bypass", "sp") if stage and stage.get(mode)]
     if not stage or not modes:
-        return None
+        return None, []
     table = _table("eval", "loss", "perplexity", "all-to-all", "tokens/s")
     for mode in modes:
         row = stage[mode]
@@ -266,15 +268,15 @@ def _evaluation(stage: Mapping[str, Any] | None) -> Table | None:
             of_count(row.get("all_to_all_calls")),
             of_count(row.get("tokens_per_second")),
         )
-    if stage.get("max_abs_logit_diff") is not None:
-        table.caption = f"largest difference of a logit: {of_difference(stage['max_abs_logit_diff'])}"
-    return table
+    if stage.get("max_abs_logit_diff") is None:
+        return table, []
+    return table, [f"largest difference of a logit: {of_difference(stage['max_abs_logit_diff'])}"]
 
 
-def _reload(stage: Mapping[str, Any] | None, arrow: str) -> Table | None:
+def _reload(stage: Mapping[str, Any] | None, arrow: str) -> tuple[Table | None, list[str]]:
     cells = (stage or {}).get("cells") or []
     if not cells:
-        return None
+        return None, []
     table = _table(f"reload {arrow}", "route", "weights", "optimizer", "continuation", "time")
     reasons = []
     for cell in cells:
@@ -290,19 +292,17 @@ def _reload(stage: Mapping[str, Any] | None, arrow: str) -> Table | None:
             of_seconds(cell.get("seconds")),
         )
     sources = sorted({str(cell.get("source")) for cell in cells})
-    caption = f"saved at {', '.join(sources)}; continuation: loss difference to the run that went on"
-    table.caption = Text("\n".join([caption, *reasons]), style="dim")
-    return table
+    return table, [f"saved at {', '.join(sources)}; continuation: loss difference to the run that went on", *reasons]
 
 
 def _exact(value: bool | None) -> Text:
     if value is None:
-        return Text("–")
+        return Text("-")
     return Text("bit-exact", style="green") if value else Text("differs", style="bold red")
 
 
 def _table(first: str, *others: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold", show_edge=False, caption_justify="left")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold", show_edge=False)
     table.add_column(first, no_wrap=True)
     for name in others:
         table.add_column(name, justify="right", no_wrap=True)

@@ -8,7 +8,7 @@ import math
 def of_bytes(count: float | None) -> str:
     """Binary units, e.g. `1.50 GiB`."""
     if count is None or not math.isfinite(count):
-        return "–"
+        return "-"
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(count) < 1000:
             return f"{count:.0f} B" if unit == "B" else f"{_three(count)} {unit}"
@@ -19,7 +19,7 @@ def of_bytes(count: float | None) -> str:
 def of_seconds(time: float | None) -> str:
     """`12.3 ms`, `1.23 s`, `4:05 min`, `1:02:03 h`."""
     if time is None or not math.isfinite(time):
-        return "–"
+        return "-"
     if time < 0.9995:
         return f"{_three(time * 1000)} ms"
     if time < 99.5:
@@ -33,7 +33,7 @@ def of_seconds(time: float | None) -> str:
 def of_count(count: float | None) -> str:
     """Decimal units from a hundred thousand on: `12,345`, `831 k`, `8.03 B`."""
     if count is None or not math.isfinite(count):
-        return "–"
+        return "-"
     if abs(count) < 1e5:
         return f"{count:,.0f}" if abs(count) >= 100 or count == int(count) else _three(count)
     for unit in ("k", "M", "B", "T"):
@@ -46,13 +46,13 @@ def of_count(count: float | None) -> str:
 def of_difference(value: float | None) -> str:
     """`0` where it is exactly zero, else two digits, e.g. `1.2e-07`."""
     if value is None or not math.isfinite(value):
-        return "–"
+        return "-"
     return "0" if value == 0 else f"{value:.1e}"
 
 
 def of_loss(value: float | None) -> str:
     """Four decimals."""
-    return "–" if value is None or not math.isfinite(value) else f"{value:.4f}"
+    return "-" if value is None or not math.isfinite(value) else f"{value:.4f}"
 
 
 def _three(value: float) -> str:
