@@ -1,0 +1,33 @@
+"""What all tests share: the command as a user runs it, and a machine left as it was."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def command() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs `python run.py <overrides>` in a folder; returns the finished process."""
+
+    def run(*overrides: str, cwd: Path, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+        environment = {k: v for k, v in os.environ.items() if not k.startswith(("WANDB_", "RANK", "WORLD_SIZE"))}
+        return subprocess.run(
+            [sys.executable, str(ROOT / "run.py"), *overrides],
+            cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout,
+        )  # fmt: skip
+
+    return run
+
+
+def only_run(folder: Path) -> Path:
+    """The one run folder below `folder`."""
+    (results,) = folder.glob("outputs/**/results.json")
+    return results.parent

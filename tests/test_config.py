@@ -1,0 +1,136 @@
+"""Wrong configurations are refused before anything starts; right ones compose."""
+
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from ulysses_exp.cli import CONF
+from ulysses_exp.config import ConfigError, resolve
+
+WRONG = [
+    # (overrides, the key that the message names)
+    (["sp.size=3"], "sp.size"),
+    (["sp.size=0"], "sp.size"),
+    (["sp.size=-2"], "sp.size"),
+    (["sp.size=two"], "sp.size"),
+    (["sp.size=16"], "sp.size"),
+    (["dp.size=0"], "dp.size"),
+    (["dp.size=3"], "train.global_batch_size"),
+    (["model.architecture.num_key_value_heads=3", "sp.size=2"], "sp.size"),
+    (["model.architecture.num_attention_heads=6", "sp.size=4"], "sp.size"),
+    (["train.seq_len=510", "sp.size=4"], "train.seq_len"),
+    (["train.seq_len=1"], "train.seq_len"),
+    (["train.seq_len=long"], "train.seq_len"),
+    (["train.global_batch_size=3", "dp.size=2"], "train.global_batch_size"),
+    (["train.micro_batch_size=3"], "train.global_batch_size"),
+    (["train.global_batch_size=0"], "train.global_batch_size"),
+    (["train.micro_batch_size=0"], "train.micro_batch_size"),
+    (["train.steps=0"], "train.steps"),
+    (["train.steps=1.5"], "train.steps"),
+    (["train.precision=fp64"], "train.precision"),
+    (["train.stepz=3"], "train.steps"),
+    (["trian.steps=3"], "train.steps"),
+    (["+train.foo=1"], "train.foo"),
+    (["+sp.sise=2"], "sp.sise"),
+    (["zero.stage=4"], "zero.stage"),
+    (["zero.stage=-1"], "zero.stage"),
+    (["zero=stage4"], "zero"),
+    (["zero=stage0", "zero.offload_optimizer=true"], "zero.offload_optimizer"),
+    (["zero=stage2", "zero.offload_parameters=true"], "zero.offload_parameters"),
+    (["zero.offload_optimizer=maybe"], "zero.offload_optimizer"),
+    (["model=tiny_lama"], "model"),
+    (["model=hub"], "model.name_or_path"),
+    (["model.architecture.vocab_size=100"], "model.architecture.vocab_size"),
+    (["data=txt"], "data"),
+    (["data=hub"], "data.dataset"),
+    (["data.padding=both"], "data.padding"),
+    (["data.ignore_labels=1.0"], "data.ignore_labels"),
+    (["data.mean_document=1"], "data.mean_document"),
+    (["optim=adam"], "optim"),
+    (["optim.lr=-1"], "optim.lr"),
+    (["optim.grad_clip=-1"], "optim.grad_clip"),
+    (["optim.schedule=step"], "optim.schedule"),
+    (["optim=adamw", "optim.momentum=0.9"], "optim.momentum"),
+    (["memory=everything"], "memory"),
+    (["memory.offload_activations=true"], "memory.offload_activations"),
+    (["memory.checkpointing=full"], "memory.checkpointing"),
+    (["eval.mode=full"], "eval.mode"),
+    (["eval.sequences=0"], "eval.sequences"),
+    (["stages=[trian]"], "stages"),
+    (["stages=[]"], "stages"),
+    (["stages=[train,train]"], "stages"),
+    (["stages=[eval,train]"], "stages"),
+    (["stages=[eval]"], "checkpoint.source"),
+    (["stages=[reload]"], "checkpoint.source"),
+    (["checkpoint.source=/nowhere"], "checkpoint.source"),
+    (["checkpoint.keep=0"], "checkpoint.keep"),
+    (["reload.layouts=[sp2]"], "reload.layouts"),
+    (["reload.layouts=[sp3-dp1-z0]"], "reload.layouts"),
+    (["reload.layouts=[sp1-dp3-z0]"], "reload.layouts"),
+    (["sp.attention=eager"], "sp.attention"),
+    (["sp.attention=flash_attention_2", "device=cpu"], "sp.attention"),
+    (["sp.attention=flex_attention", "device=cpu"], "sp.attention"),
+    (["sp.exchange=nccl"], "sp.exchange"),
+    (["tracker.mode=on"], "tracker.mode"),
+    (["tracker.project=a/b"], "tracker.project"),
+    (["launch=ssh"], "launch"),
+    (["launch.timeout_s=0"], "launch.timeout_s"),
+    (["device=tpu"], "device"),
+    (["seed=-1"], "seed"),
+    (["experiment=none_such"], "experiment"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "key"), WRONG, ids=lambda value: " ".join(value) if isinstance(value, list) else "")
+def test_wrong_configuration_is_refused_at_once(command, tmp_path: Path, overrides, key):
+    began = time.perf_counter()
+    done: subprocess.CompletedProcess[str] = command(*overrides, cwd=tmp_path)
+    seconds = time.perf_counter() - began
+    assert done.returncode == 2, done.stderr
+    assert key in done.stderr
+    assert 1 <= len(done.stderr.strip().splitlines()) <= 2, done.stderr
+    assert "Traceback" not in done.stderr and not done.stdout
+    assert not list(tmp_path.iterdir())
+    assert seconds < 2
+
+
+def composed(*overrides: str):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return resolve(compose("config", list(overrides)))
+
+
+GROUPS = ("data", "experiment", "launch", "memory", "model", "optim", "zero")
+CHOICES = [(group, path.stem) for group in GROUPS for path in sorted((CONF / group).glob("*.yaml"))]
+
+
+@pytest.mark.parametrize(("group", "choice"), CHOICES)
+def test_every_choice_composes(group, choice):
+    extra = {
+        ("model", "hub"): ["model.name_or_path=some/model"],
+        ("data", "hub"): ["data.dataset=some/dataset"],
+    }.get((group, choice), [])
+    composed(f"{group}={choice}", *extra)
+
+
+def test_stage_by_group_and_by_key_are_the_same():
+    assert composed("zero=stage3") == composed("zero.stage=3")
+
+
+def test_default_reload_targets_differ_from_the_trained_layout():
+    config = composed("sp.size=2", "dp.size=1", "zero.stage=3")
+    assert config.reload.layouts is not None and len(config.reload.layouts) == 3
+    assert "sp2-dp1-z3" not in config.reload.layouts
+
+
+def test_default_reload_targets_keep_to_what_the_batch_allows():
+    config = composed("train.global_batch_size=1")
+    assert all("dp1" in name for name in config.reload.layouts)
+
+
+def test_gpus_that_are_not_there(monkeypatch):
+    monkeypatch.setattr("ulysses_exp.config.accelerators", lambda: 2)
+    with pytest.raises(ConfigError, match=r"sp\.size: .*needs 4 GPUs, 2 are present"):
+        composed("sp.size=4", "device=cuda")
