@@ -12,6 +12,7 @@ sweep side by side in wandb's own terminal dashboard, without account or network
 
 from __future__ import annotations
 
+import argparse
 import base64
 import json
 import math
@@ -19,6 +20,9 @@ import os
 import queue
 import re
 import shutil
+import subprocess
+import sys
+import tempfile
 import threading
 import urllib.error
 import urllib.request
@@ -32,6 +36,7 @@ from ulysses_exp.config import Config
 
 PROBE_S = 3  # an online server that does not answer a small request in this time is not waited for
 INIT_S = 10  # for the server to open the run
+LATENCY_S = 1  # at the end of a job: a server slower than this gets no request that has to be waited for
 FINISH_S = 8  # for the upload of what is left at the end of a job
 GRACE_S = 25  # at the end of a job: longest wait for all of the above together
 
@@ -168,8 +173,9 @@ class Tracker:
     def _open(self) -> Any:
         import wandb
 
+        self._base_url = wandb.setup(wandb.Settings(silent=True)).settings.base_url  # silent before anything is said
         if self._mode == "online":
-            problem = unreachable(wandb.setup().settings.base_url)
+            problem = unreachable(self._base_url, PROBE_S)
             if problem is None:
                 try:
                     run = self._init("online")
@@ -220,30 +226,42 @@ class Tracker:
         self._run.log({**metrics, "step": step}, step=max(step, self._run.step))
 
     def _finish(self, results: dict[str, Any], failed: bool) -> None:
-        import wandb
-
         for key, value in figures(results):
             self._run.summary[key] = value
-        cells = results.get("stages", {}).get("reload", {}).get("cells", [])
-        if cells:
-            rows = [[cell.get(column) for column in RELOAD_COLUMNS] for cell in cells]
-            self._run.log({"reload": wandb.Table(columns=list(RELOAD_COLUMNS), data=rows, allow_mixed_types=True)})
+        table = _reload_table(results)
+        # A table goes up as an artifact, for which the client asks the server and waits: 20 s and an error if it died.
+        lost = self._mode == "online" and unreachable(self._base_url, LATENCY_S) is not None
+        if table is not None and not lost:
+            self._run.log({"reload": table})
         try:
             self._run.finish(exit_code=int(failed))
         except TimeoutError:
+            lost = True
+        if table is not None and lost:  # a second, offline part of the same run; `wandb sync` sends both
+            with self._init("offline") as part:
+                part.log({"reload": _reload_table(results)}, step=self._run.step)
+        if lost:
             self._warn(
-                f"W&B took more than {FINISH_S} s to upload; the run is complete on disk,"
+                "W&B stopped answering; the run is complete on disk,"
                 f" upload it later: python -m ulysses_exp.tracking sync {_shown(self._folder)}"
             )
-        else:
-            if self._mode == "online":  # the marker that `wandb sync` itself leaves
-                for log in Path(self._run.settings.sync_dir).glob("*.wandb"):
-                    log.with_name(log.name + ".synced").touch()
+        elif self._mode == "online":  # the marker that `wandb sync` itself leaves
+            for log in Path(self._run.settings.sync_dir).glob("*.wandb"):
+                log.with_name(log.name + ".synced").touch()
 
     def _warn(self, text: str) -> None:
         if not self._warned:
             self._warned = True
             self._on_warning(text)
+
+
+def _reload_table(results: Mapping[str, Any]) -> Any:
+    """The reload cells as a wandb.Table, None where there are none."""
+    import wandb
+
+    cells = results.get("stages", {}).get("reload", {}).get("cells", [])
+    rows = [[cell.get(column) for column in RELOAD_COLUMNS] for cell in cells]
+    return wandb.Table(columns=list(RELOAD_COLUMNS), data=rows, allow_mixed_types=True) if rows else None
 
 
 def figures(results: Mapping[str, Any], prefix: str = "results") -> Iterator[tuple[str, float | bool | str]]:
@@ -256,7 +274,7 @@ def figures(results: Mapping[str, Any], prefix: str = "results") -> Iterator[tup
             yield name, value
 
 
-def unreachable(base_url: str, timeout: float = PROBE_S) -> str | None:
+def unreachable(base_url: str, timeout: float) -> str | None:
     """Why the W&B server at `base_url` cannot be used; None if it answers within `timeout` s and knows the key."""
     from wandb.sdk.lib.wbauth import wbnetrc
 
@@ -329,3 +347,56 @@ def _one_line(error: BaseException) -> str:
 def _shown(path: Path) -> str:
     """`path` as one would type it from here."""
     return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+def sync(paths: Iterable[Path]) -> int:
+    """Uploads all offline and half-uploaded runs below `paths` with wandb's own client; returns its exit code."""
+    import wandb
+
+    paths = list(paths)
+    runs = unsent(paths)
+    if not runs:
+        print("nothing to upload: every run below", *paths, "has been sent, or was not tracked")
+        return 0
+    problem = unreachable(wandb.setup(wandb.Settings(silent=True)).settings.base_url, PROBE_S)
+    if problem is not None:
+        print(f"W&B is not reachable ({problem}); {len(runs)} run(s) wait on disk", file=sys.stderr)
+        return 1
+    with tempfile.TemporaryDirectory() as place:
+        environment = {**os.environ, **_support(Path(place))}
+        return subprocess.run(
+            [sys.executable, "-m", "wandb", "sync", "--include-online", *map(str, runs)], env=environment
+        ).returncode
+
+
+def browse(paths: Iterable[Path]) -> int:
+    """Opens all runs below `paths` side by side in `wandb leet`, the terminal dashboard of the client."""
+    paths = list(paths)
+    with tempfile.TemporaryDirectory(prefix="ulysses-exp-") as place:
+        gathered = Path(place, "wandb")
+        for path in paths:
+            for log in Path(path).resolve().glob("**/wandb/*run-*/*.wandb"):
+                if log.parent.is_symlink():
+                    continue
+                # The list shows 30 characters of a directory's name and takes the file's from it: begin with the layout.
+                stamp, name = log.parent.name.removeprefix("offline-").removeprefix("run-").split("-", 1)
+                name = name[match.start() :] if (match := re.search(r"sp\d+-dp\d+-z\d", name)) else name
+                (folder := gathered / f"run-{stamp}-{name}").mkdir(parents=True, exist_ok=True)
+                if not (link := folder / f"run-{name}.wandb").is_symlink():
+                    link.symlink_to(log)
+        if not gathered.exists():
+            print("no W&B run below", *map(str, paths), file=sys.stderr)
+            return 1
+        return subprocess.run([sys.executable, "-m", "wandb", "leet", str(gathered)]).returncode
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m ulysses_exp.tracking", description="Runs that were kept offline.")
+    parser.add_argument("command", choices=("sync", "browse"), help="upload them, or look at them on the terminal")
+    parser.add_argument("paths", nargs="+", type=Path, metavar="FOLDER", help="run or sweep folders")
+    arguments = parser.parse_args()
+    return {"sync": sync, "browse": browse}[arguments.command](arguments.paths)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
