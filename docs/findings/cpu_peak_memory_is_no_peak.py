@@ -25,6 +25,6 @@ if __name__ == "__main__":
     reported = (accelerator.max_memory_allocated() - start) / MIB
     kernel = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - kernel_start) / MIB
     print(
-        f"1024 MiB made and freed: max_memory_allocated grew by {reported:.0f} MiB, the kernel's ru_maxrss by {kernel:.0f}"
+        f"1024 MiB made and freed: max_memory_allocated +{reported:.0f} MiB, the kernel's ru_maxrss +{kernel:.0f} MiB"
     )
     sys.exit(0 if reported < 512 else 1)
