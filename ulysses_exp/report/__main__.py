@@ -1,0 +1,85 @@
+"""`python -m ulysses_exp.report PATH [PATH ...]`: a report of runs and sweeps, finished or not."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections import Counter
+from pathlib import Path
+
+import rich.box
+import rich.markup
+import rich.table
+from rich.console import Console
+
+from ulysses_exp.report import html, markdown, pictures, runs, table
+
+PNG_DPI = 130
+
+
+def write(paths: list[Path], out: Path, console: Console) -> int:
+    """Reads every run below `paths`, prints their figures and writes report.html, report.md and PNG files to `out`.
+
+    Returns:
+        The number of runs. With none, nothing is written.
+
+    Raises:
+        FileNotFoundError: a path does not exist.
+    """
+    found = runs.find(paths)
+    if not found:
+        return 0
+    out.mkdir(parents=True, exist_ok=True)
+    title = ", ".join(path.resolve().name for path in paths)
+    counts = ", ".join(f"{n} {status}" for status, n in Counter(run.status for run in found).items())
+    models = ", ".join(sorted({run.model for run in found}))
+    about = f"{len(found)} {'run' if len(found) == 1 else 'runs'} ({counts}) of {models}"
+    troubles = table.troubles(found)
+    drawn = pictures.draw(found)
+    for picture in drawn:
+        picture.figure.savefig(out / f"{picture.name}.png", dpi=PNG_DPI, metadata={"Software": None})
+    full = table.table(found)
+    (out / "report.html").write_text(html.page(title, about, full, troubles, drawn), encoding="utf-8")
+    (out / "report.md").write_text(markdown.document(title, about, full, troubles, drawn), encoding="utf-8")
+    _show(table.table(found, narrow=console.width < 160), troubles, console)
+    console.print(f"{about}: {_shown(out / 'report.html')}", highlight=False, soft_wrap=True)
+    return len(found)
+
+
+def _show(figures: table.Table, troubles: list[tuple[str, str]], console: Console) -> None:
+    shown = rich.table.Table(box=rich.box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold")
+    for number, name in enumerate(figures.titles):
+        shown.add_column(name, justify="right" if number else "left", overflow="fold")
+    for row in figures.rows:
+        shown.add_row(*(rich.markup.escape(text) for _, text in row))
+    console.print()
+    console.print(shown)
+    console.print()
+    for run, reason in troubles:
+        console.print(f"{run}: {reason}", style="red", markup=False, highlight=False, soft_wrap=True)
+
+
+def _shown(path: Path) -> str:
+    relative = os.path.relpath(path)
+    return str(path) if relative.startswith("..") else relative
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m ulysses_exp.report", description=__doc__)
+    parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="run or sweep folders")
+    parser.add_argument("--out", type=Path, help="where to write; default: into PATH, for several the current folder")
+    arguments = parser.parse_args()
+    out = arguments.out or (arguments.paths[0] if len(arguments.paths) == 1 else Path.cwd())
+    try:
+        if write(arguments.paths, out, Console()):
+            return 0
+    except FileNotFoundError as error:
+        print(f"{error}: no such folder", file=sys.stderr)
+        return 2
+    print("no run below " + ", ".join(map(str, arguments.paths)), file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

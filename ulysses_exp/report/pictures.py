@@ -1,0 +1,421 @@
+"""The report's pictures, each drawn only where the runs have data for it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgba
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch, Rectangle
+from matplotlib.ticker import FuncFormatter
+
+from ulysses_exp.layout import Layout
+from ulysses_exp.report.runs import Run, differing, labels, traits
+from ulysses_exp.report.style import COLOURS, FAINT, HATCHES, INK, RC, figure, powers_of_two, series
+from ulysses_exp.report.units import of_bytes, of_count, of_seconds
+
+GIB = 2**30
+ZERO_AT = 1e-17  # where a difference of exactly zero is drawn on a logarithmic axis
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A drawn figure with the sentence that says what to see in it."""
+
+    name: str
+    title: str
+    caption: str
+    figure: Figure
+
+
+def draw(runs: list[Run]) -> list[Picture]:
+    """Every picture that `runs` have data for."""
+    drawn = []
+    with matplotlib.rc_context(RC):
+        for name, title, caption, painter in _PICTURES:
+            picture = painter(runs)
+            if picture is not None:
+                drawn.append(Picture(name, title, caption, picture))
+    return drawn
+
+
+def throughput(runs: list[Run]) -> Figure | None:
+    """Tokens per second against sequence length, a line for each sp; against sp where there is one length only."""
+    measured = [run for run in runs if run.layout and run.seq_len and run.figure("train.tokens_per_second")]
+    if len({run.seq_len for run in measured}) > 1:
+        axis, line, label = _length, "sp", "sequence length (tokens)"
+    elif len({_sp(run) for run in measured}) > 1:
+        axis, line, label = _sp, "zero", "sequence-parallel ranks (sp)"
+    else:
+        return None
+    canvas, panels = _panels(measured, axis, line, lambda run: run.figure("train.tokens_per_second"), label)
+    panels[0].set_ylabel("tokens per second, all ranks")
+    largest = panels[0].get_ylim()[1]
+    unit, name = (1e6, " M") if largest > 3e6 else (1e3, " k") if largest > 1e4 else (1, "")
+    for axes in panels:
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / unit:,g}{name if value else ''}"))
+        axes.legend(loc="best")
+    return canvas
+
+
+def memory(runs: list[Run]) -> Figure | None:
+    """Peak memory of the worst rank against sp, beside the ideal: the smallest sp's divided by sp."""
+    measured = [run for run in runs if run.layout and run.seq_len and run.figure("train.peak_memory_bytes.max")]
+    if len({_sp(run) for run in measured}) < 2:
+        return None
+    line = "seq_len" if len({run.seq_len for run in measured}) > 1 else "zero"
+    canvas, panels = _panels(
+        measured, _sp, line, lambda run: run.figure("train.peak_memory_bytes.max") / GIB, "sequence-parallel ranks (sp)"
+    )
+    panels[0].set_ylabel("peak memory, worst rank (GiB)")
+    dots = {"linestyle": (0, (1, 2)), "linewidth": 1.0}
+    for axes in panels:
+        for drawn in axes.get_lines():
+            sps, peaks = list(drawn.get_xdata()), list(drawn.get_ydata())
+            axes.plot(sps, [peaks[0] * sps[0] / sp for sp in sps], color=drawn.get_color(), label="_ideal", **dots)
+        handles, names = axes.get_legend_handles_labels()
+        axes.legend([*handles, Line2D([], [], color=FAINT, **dots)], [*names, "ideal: 1/sp"], loc="best")
+    return canvas
+
+
+def loss(runs: list[Run]) -> Figure | None:
+    """Loss curves of runs that must have the same one, and how far each is from the first."""
+    trained: dict[str, list[Run]] = {}
+    for run in runs:
+        if run.losses:
+            trained.setdefault(run.experiment, []).append(run)
+    largest = sorted(trained.values(), key=len, reverse=True)[:3]
+    groups = sorted(largest, key=lambda group: group[0].seq_len or 0)
+    if not groups:
+        return None
+    compared = any(len(group) > 1 for group in groups)
+    canvas = figure(7.5 if len(groups) == 1 else 11, 5.2 if compared else 3.4)
+    grid = canvas.add_gridspec(2 if compared else 1, len(groups), height_ratios=[3, 2] if compared else [1])
+    for column, group in enumerate(groups):
+        group.sort(key=lambda run: (run.layout or Layout()).world)
+        names = labels(group)
+        upper = canvas.add_subplot(grid[0, column])
+        for index, (label, run) in enumerate(zip(names, group, strict=True)):
+            style = series(index) | {"marker": "", "linewidth": max(6.0 - 1.1 * index, 1.2)}
+            upper.plot(list(run.losses), list(run.losses.values()), label=label, **style)
+        upper.set_ylabel("training loss (nats per token)" if column == 0 else "")
+        if len(groups) == 1:
+            upper.legend(loc="upper left", bbox_to_anchor=(1, 1), ncols=1 + len(group) // 17)
+        else:
+            upper.legend(
+                loc="best", handles=upper.get_lines()[:8], title="" if len(group) <= 8 else f"8 of {len(group)}"
+            )
+        upper.xaxis.get_major_locator().set_params(integer=True)
+        if len(groups) > 1:
+            shared_traits = differing([members[0] for members in groups])
+            upper.set_title(
+                ", ".join(traits(group[0])[name] for name in shared_traits if name not in ("sp", "dp", "zero"))
+            )
+        if not compared:
+            upper.set_xlabel("optimizer step")
+            continue
+        lower = canvas.add_subplot(grid[1, column], sharex=upper)
+        reference = group[0]
+        for index, run in enumerate(group[1:], 1):
+            shared = [step for step in run.losses if step in reference.losses]
+            differences = [abs(run.losses[s] - reference.losses[s]) / abs(reference.losses[s]) for s in shared]
+            lower.plot(shared, [max(d, ZERO_AT) for d in differences], **(series(index) | {"markersize": 3.5}))
+        _difference_axis(lower, "y", 1e-6)
+        lower.set_ylabel("relative difference\nto " + (reference.layout.name if reference.layout else "the first")
+                         if column == 0 else "")  # fmt: skip
+        lower.set_xlabel("optimizer step")
+    return canvas
+
+
+def evaluation(runs: list[Run]) -> Figure | None:
+    """What the SP bypass changes: nothing in the result, all of the exchange, some of the speed."""
+    both = [(n, r) for n, r in zip(labels(runs), runs, strict=True) if r.figure("eval.bypass") and r.figure("eval.sp")]
+    if not both:
+        return None
+    canvas = figure(9.5, 1.5 + 0.34 * len(both))
+    left, right = canvas.subplots(1, 2, sharey=True, gridspec_kw={"width_ratios": [1, 1.1]})
+    rows = range(len(both))
+    losses = [max(abs(r.figure("eval.bypass.loss") - r.figure("eval.sp.loss")), ZERO_AT) for _, r in both]
+    left.plot(losses, rows, linestyle="", marker="o", color=COLOURS[0], label="loss")
+    logits = [(max(r.figure("eval.max_abs_logit_diff"), ZERO_AT), row) for row, (_, r) in zip(rows, both, strict=True)
+              if r.figure("eval.max_abs_logit_diff") is not None]  # fmt: skip
+    if logits:
+        left.plot(*zip(*logits, strict=True), linestyle="", marker="D", markerfacecolor="none", color=COLOURS[1],
+                  label="largest of a logit")  # fmt: skip
+    _difference_axis(left, "x", 1e-5)
+    left.set_xlabel("difference between bypass and sp (nats, logits)")
+    left.set_yticks(list(rows), [label for label, _ in both])
+    left.invert_yaxis()
+    left.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, borderaxespad=0.2)
+    for offset, mode, colour, hatch in ((-0.19, "bypass", COLOURS[0], ""), (0.19, "sp", COLOURS[4], "///")):
+        speeds = [run.figure(f"eval.{mode}.tokens_per_second") or 0 for _, run in both]
+        right.barh([row + offset for row in rows], speeds, height=0.36, color=to_rgba(colour, 0.85), hatch=hatch,
+                   edgecolor="white", label=mode)  # fmt: skip
+        for row, (speed, (_, run)) in enumerate(zip(speeds, both, strict=True)):
+            calls = run.figure(f"eval.{mode}.all_to_all_calls")
+            right.annotate(
+                f" {of_count(calls)} all-to-alls", (speed, row + offset), va="center", fontsize=7, color=FAINT
+            )
+    right.set_xlim(0, right.get_xlim()[1] * 1.25)
+    right.xaxis.set_major_formatter(FuncFormatter(lambda value, _: of_count(value)))
+    right.set_xlabel("tokens per second, all ranks")
+    right.grid(axis="y", visible=False)
+    right.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, borderaxespad=0.2)
+    return canvas
+
+
+def reload(runs: list[Run]) -> Figure | None:
+    """Source layout by target layout: does everything come back bit for bit?"""
+    cells: dict[tuple[str, str], list[dict]] = {}
+    for run in runs:
+        for cell in run.figure("reload.cells") or []:
+            cells.setdefault((cell["source"], cell["target"]), []).append(cell)
+    if not cells:
+        return None
+    sources, targets = (sorted({pair[i] for pair in cells}, key=_layout_order) for i in (0, 1))
+    wide, high = max(0.4, min(1.25, 9 / len(targets))), 0.62 if len(targets) <= 10 else 0.3
+    canvas = figure(max(5.0, 2.2 + wide * len(targets)), 1.7 + high * len(sources))
+    axes = canvas.add_subplot()
+    for (source, target), found in cells.items():
+        x, y = targets.index(target), sources.index(source)
+        grade = max(_grade(cell) for cell in found)
+        colour, hatch, _ = _GRADES[grade]
+        axes.add_patch(
+            Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor=colour, hatch=hatch, edgecolor="white", linewidth=2)
+        )
+        if wide < 0.9:
+            continue
+        routes = list(dict.fromkeys(str(cell.get("route")) for cell in found))
+        text = "\n".join([*routes[:2], of_seconds(max(cell.get("seconds") or 0 for cell in found))])
+        axes.text(x, y, text, ha="center", va="center", fontsize=7, color="white" if grade == 0 else INK,
+                  bbox={"facecolor": colour, "edgecolor": "none", "pad": 1.5})  # fmt: skip
+    axes.set_xlim(-0.5, len(targets) - 0.5)
+    axes.set_ylim(len(sources) - 0.5, -0.5)
+    axes.set_xticks(range(len(targets)), targets, rotation=35, ha="right", rotation_mode="anchor")
+    axes.set_yticks(range(len(sources)), sources)
+    axes.set_xlabel("reloaded at")
+    axes.set_ylabel("saved at")
+    axes.set_facecolor("#f1f1f1")  # not tried
+    axes.grid(visible=False)
+    axes.tick_params(length=0)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    seen = sorted({_grade(cell) for found in cells.values() for cell in found})
+    handles = [
+        Patch(facecolor=_GRADES[g][0], hatch=_GRADES[g][1], edgecolor="white", label=_GRADES[g][2]) for g in seen
+    ]
+    canvas.legend(handles=handles, loc="outside upper left", ncols=2, fontsize=8)
+    return canvas
+
+
+def step_split(runs: list[Run]) -> Figure | None:
+    """Where the seconds of an optimizer step go."""
+    return _stacked(
+        [
+            (n, r.figure("train.step_split_s"))
+            for n, r in zip(labels(runs), runs, strict=True)
+            if r.figure("train.step_split_s")
+        ],
+        "seconds per optimizer step",
+        of_seconds,
+        1.0,
+    )
+
+
+def plan(runs: list[Run]) -> Figure | None:
+    """Predicted peak memory of a rank by kind."""
+    rows = []
+    for label, run in zip(labels(runs), runs, strict=True):
+        parts = run.figure("plan.peak_memory_bytes_per_rank")
+        if parts:
+            verdict = "" if run.figure("plan.fits") else " (does not fit)"
+            rows.append((label + verdict, {kind: size for kind, size in parts.items() if kind != "total"}))
+    return _stacked(rows, "predicted peak memory per rank (GiB)", of_bytes, GIB)
+
+
+def parity(runs: list[Run]) -> Figure | None:
+    """How far each layout is from the single-process reference."""
+    compared = [
+        (n, r) for n, r in zip(labels(runs), runs, strict=True) if r.figure("parity.max_rel_loss_diff") is not None
+    ]
+    if not compared:
+        return None
+    canvas = figure(7.5, 1.4 + 0.32 * len(compared))
+    axes = canvas.add_subplot()
+    kinds = (
+        ("loss", "max_rel_loss_diff"),
+        ("gradient norm", "max_rel_grad_norm_diff"),
+        ("weights", "max_rel_weight_diff"),
+    )
+    for index, (name, key) in enumerate(kinds):
+        values = [max(run.figure(f"parity.{key}") or 0, ZERO_AT) for _, run in compared]
+        style = series(index) | {"linestyle": ""}
+        rows = [row + (index - 1) * 0.2 for row in range(len(compared))]
+        axes.plot(values, rows, label=name, **style)
+    tolerances = {run.setting("parity.tolerance") or (2e-2 if run.setting("train.precision") == "bf16" else 1e-6)
+                  for _, run in compared}  # fmt: skip
+    _difference_axis(axes, "x", max(tolerances))
+    axes.set_yticks(range(len(compared)), [label for label, _ in compared])
+    axes.invert_yaxis()
+    axes.set_xlabel(f"largest relative difference to {compared[0][1].figure('parity.reference')}")
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, borderaxespad=0.2)
+    return canvas
+
+
+def _length(run: Run) -> int:
+    return run.seq_len or 0
+
+
+def _sp(run: Run) -> int:
+    return run.layout.sp if run.layout else 0
+
+
+def _panels(
+    runs: list[Run], axis: Callable[[Run], int], line: str, value: Callable[[Run], float], label: str
+) -> tuple[Figure, list[Axes]]:
+    """Lines of `value` against `axis`, one for each value of trait `line`; a panel for each other difference.
+
+    Panels without a line (one point each) are left out where others have one, and those beyond six.
+    """
+    on_axes = {line, "sp" if axis is _sp else "seq_len"}
+    names = [name for name in differing(runs) if name not in on_axes]
+    found: dict[str, dict[str, dict[int, float]]] = {}
+    for run in runs:
+        of_run = traits(run)
+        points = found.setdefault(", ".join(of_run[name] for name in names), {}).setdefault(of_run[line], {})
+        points[axis(run)] = max(value(run), points.get(axis(run), 0))
+    longest = {title: max(map(len, lines.values())) for title, lines in found.items()}
+    shown = [title for title in found if longest[title] > 1 or max(longest.values()) == 1][:6]
+    columns = min(3, len(shown))
+    rows = math.ceil(len(shown) / columns)
+    canvas = figure(1.6 + 3.2 * columns if columns > 1 else 5.6, 0.4 + 3.2 * rows)
+    top = 1.08 * max(y for title in shown for points in found[title].values() for y in points.values())
+    panels = []
+    for number, title in enumerate(shown):
+        axes = canvas.add_subplot(rows, columns, number + 1)
+        for index, (name, points) in enumerate(found[title].items()):
+            xs = sorted(points)
+            axes.plot(xs, [points[x] for x in xs], label=name, **series(index))
+        powers_of_two(axes, [x for points in found[title].values() for x in points], label)
+        axes.set_ylim(0, top)
+        axes.set_title(title)
+        panels.append(axes)
+    return canvas, panels
+
+
+def _stacked(
+    rows: list[tuple[str, dict[str, float]]], label: str, total: Callable[[float], str], unit: float
+) -> Figure | None:
+    if not rows:
+        return None
+    canvas = figure(8.5, 1.3 + 0.34 * len(rows))
+    axes = canvas.add_subplot()
+    kinds = list(dict.fromkeys(kind for _, parts in rows for kind in parts))
+    ends = [0.0] * len(rows)
+    for index, kind in enumerate(kinds):
+        sizes = [(parts.get(kind) or 0) / unit for _, parts in rows]
+        axes.barh(range(len(rows)), sizes, left=ends, height=0.7, color=to_rgba(COLOURS[index % len(COLOURS)], 0.85),
+                  hatch=HATCHES[index % len(HATCHES)], edgecolor="white", label=kind)  # fmt: skip
+        ends = [end + size for end, size in zip(ends, sizes, strict=True)]
+    for row, end in enumerate(ends):
+        axes.annotate(" " + total(end * unit), (end, row), va="center", fontsize=8)
+    axes.set_xlim(0, max(ends) * 1.14 or 1)
+    axes.set_yticks(range(len(rows)), [name for name, _ in rows])
+    axes.invert_yaxis()
+    axes.set_xlabel(label)
+    axes.grid(axis="y", visible=False)
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=len(kinds), borderaxespad=0.2)
+    return canvas
+
+
+def _difference_axis(axes: Axes, which: str, allowed: float) -> None:
+    """A logarithmic axis for differences, with a place for exactly zero and a line at what is allowed."""
+    getattr(axes, f"set_{which}scale")("log")
+    getattr(axes, f"set_{which}lim")(ZERO_AT / 3, max(allowed * 10, getattr(axes, f"get_{which}lim")()[1]))
+    ticks = [ZERO_AT, *(10.0**e for e in range(-15, math.ceil(math.log10(allowed)) + 2, 3))]
+    axis = getattr(axes, f"{which}axis")
+    axis.set_ticks(ticks, ["0", *(f"1e{round(math.log10(t))}" for t in ticks[1:])])
+    axis.set_ticks([], minor=True)
+    line = axes.axhline if which == "y" else axes.axvline
+    line(allowed, color=FAINT, linewidth=0.9, linestyle=(0, (4, 3)))
+    text = f"allowed {allowed:.0e}".replace("e-0", "e-")
+    if which == "y":
+        axes.annotate(
+            text, (1, allowed), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=7, color=FAINT
+        )
+    else:
+        axes.annotate(text, (allowed, 0), xycoords=("data", "axes fraction"), xytext=(-2, 2),
+                      textcoords="offset points", rotation=90, ha="right", va="bottom", fontsize=7, color=FAINT)  # fmt: skip
+
+
+_GRADES = (
+    (COLOURS[0], "", "weights and optimizer bit-exact"),
+    ("#9ecbe8", "", "weights bit-exact, optimizer not part of the route"),
+    ("#f3c98b", "...", "loads, not bit-exact"),
+    ("#e8a07a", "///", "failed"),
+)
+
+
+def _grade(cell: dict) -> int:
+    """Index into `_GRADES`, the higher the worse."""
+    if cell.get("weights_bit_exact") is False or cell.get("optimizer_bit_exact") is False:
+        return 2
+    if cell.get("status") != "ok":
+        return 3
+    return 0 if cell.get("optimizer_bit_exact") else 1
+
+
+def _layout_order(name: str) -> tuple:
+    try:
+        layout = Layout.parse(name)
+    except ValueError:
+        return (1, name)
+    return (0, layout)
+
+
+_PICTURES: tuple[tuple[str, str, str, Callable[[list[Run]], Figure | None]], ...] = (
+    (
+        "throughput",
+        "Throughput",
+        "Tokens of all ranks together, each counted once, warm-up steps left out.",
+        throughput,
+    ),
+    (
+        "memory",
+        "Peak memory",
+        "The worst rank's peak. Dotted: what sharding everything perfectly over sp would give.",
+        memory,
+    ),
+    (
+        "loss",
+        "Training loss",
+        "Runs that differ only in their layout must draw one line. Where there are several, the lower part shows how far "
+        "each is from the first; a difference of exactly zero is drawn at 0.",
+        loss,
+    ),
+    (
+        "eval",
+        "Evaluation: SP bypass beside SP",
+        "Left: how much the two results differ. Right: their speed, and how many all-to-all calls each made.",
+        evaluation,
+    ),
+    (
+        "reload",
+        "Reload across layouts",
+        "The worst result of a pair gives its colour; the time is that of its slowest route. Grey: not tried.",
+        reload,
+    ),
+    ("step_split", "Step time", "Where the time of an optimizer step goes.", step_split),
+    (
+        "parity",
+        "Parity",
+        "Against one process without ZeRO over the same tokens. A difference of exactly zero is drawn at 0.",
+        parity,
+    ),
+    ("plan", "Plan", "Predicted without running the model, by kind of memory.", plan),
+)

@@ -1,0 +1,170 @@
+"""Run folders as the report reads them, finished or not."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from ulysses_exp.layout import Layout
+
+#: Folders of a run that hold no further run
+_INSIDE_A_RUN = {".hydra", "checkpoints", "ranks", "wandb", "profile"}
+
+#: Settings that may differ between two runs whose losses must be the same
+_NOT_PART_OF_THE_LOSS = (
+    "sp", "dp", "zero", "memory", "stages", "eval", "reload", "parity", "plan", "checkpoint", "tracker", "launch",
+    "sweep", "device", "hydra", "experiment", "optimize",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Run:
+    """A job's folder: results.json, metrics.jsonl and the composed configuration, as far as they are there."""
+
+    folder: Path
+    results: dict[str, Any]
+    metrics: list[dict[str, float]]
+    config: dict[str, Any]
+
+    @property
+    def status(self) -> str:
+        """ok, failed, interrupted, skipped, or unfinished where there is no results.json."""
+        return str(self.results.get("status", "unfinished"))
+
+    @cached_property
+    def layout(self) -> Layout | None:
+        """From the results, else from the configuration."""
+        known = self.results.get("layout")
+        if not known:
+            known = {
+                name: self.setting(f"{name}.{'stage' if name == 'zero' else 'size'}") for name in ("sp", "dp", "zero")
+            }
+        try:
+            return Layout(int(known["sp"]), int(known["dp"]), int(known["zero"]))
+        except (TypeError, ValueError, KeyError):
+            return None
+
+    @property
+    def model(self) -> str:
+        return str(self.results.get("model", {}).get("name") or self.setting("model.name") or "?")
+
+    @property
+    def seq_len(self) -> int | None:
+        """Tokens of a sequence over all of its ranks."""
+        return self.setting("train.seq_len")
+
+    @cached_property
+    def losses(self) -> dict[int, float]:
+        """Training loss by optimizer step; in an unfinished run as far as it came."""
+        logged = {
+            int(line["step"]): line["train/loss"] for line in self.metrics if "train/loss" in line and "step" in line
+        }
+        train = self.results.get("stages", {}).get("train", {})
+        first = int(train.get("first_step") or 0)
+        return logged | {first + i: loss for i, loss in enumerate(train.get("loss") or [], 1)}
+
+    def setting(self, key: str) -> Any:
+        """A value of the configuration by its dotted key, None where it has none."""
+        node: Any = self.config
+        for name in key.split("."):
+            node = node.get(name) if isinstance(node, dict) else None
+        return node
+
+    def figure(self, path: str) -> Any:
+        """A value of results.json below `stages` by its dotted path, None where the stage did not run or has none."""
+        node: Any = self.results.get("stages", {})
+        for name in path.split("."):
+            node = node.get(name) if isinstance(node, dict) else None
+        return node
+
+    @cached_property
+    def experiment(self) -> str:
+        """Equal for runs that must have the same loss curve: settings without the layout and what follows."""
+        kept = {key: value for key, value in self.config.items() if key not in _NOT_PART_OF_THE_LOSS}
+        kept["first"] = min(self.losses, default=None)
+        return json.dumps(kept, sort_keys=True, default=str)
+
+
+def find(paths: Iterable[Path]) -> list[Run]:
+    """All runs at or below `paths`, ordered by model, sequence length and layout.
+
+    A job that has not finished, or was killed, is read as far as it came: complete lines of metrics.jsonl.
+
+    Raises:
+        FileNotFoundError: a path does not exist.
+    """
+    folders: dict[Path, None] = {}
+    for path in paths:
+        if not path.is_dir():
+            raise FileNotFoundError(path)
+        for place, inside, files in os.walk(path):
+            if "results.json" in files or "metrics.jsonl" in files:
+                folders[Path(place)] = None
+            inside[:] = sorted(set(inside) - _INSIDE_A_RUN)
+    runs = [_read(folder) for folder in folders]
+    return sorted(runs, key=lambda r: (r.model, r.seq_len or 0, r.layout or Layout(), str(r.folder)))
+
+
+def traits(run: Run) -> dict[str, str]:
+    """What can tell a run from another, each as it is written beside a line of a picture."""
+    layout = run.layout
+    return {
+        "model": run.model,
+        "sp": f"sp {layout.sp}" if layout else "?",
+        "dp": f"dp {layout.dp}" if layout else "?",
+        "zero": f"ZeRO {layout.zero}" if layout else "?",
+        "seq_len": f"{run.seq_len:,} tokens" if run.seq_len else "?",
+        "batch": f"batch {run.setting('train.global_batch_size')}",
+        "data": f"data {run.setting('data.name')}",
+        "optim": str(run.setting("optim.name")),
+        "precision": str(run.setting("train.precision")),
+        "memory": f"memory {run.setting('memory.name')}",
+        "attention": str(run.setting("sp.attention")),
+        "exchange": f"{run.setting('sp.exchange')} exchange",
+    }
+
+
+def differing(runs: list[Run]) -> list[str]:
+    """The traits in which `runs` are not all the same."""
+    known = [traits(run) for run in runs]
+    return [name for name in (known[0] if known else ()) if len({of_run[name] for of_run in known}) > 1]
+
+
+def labels(runs: list[Run]) -> list[str]:
+    """A short name for each run: its layout and whatever else tells it from the others."""
+    names = [name for name in differing(runs) if name not in ("sp", "dp", "zero")]
+    short = [
+        ", ".join([run.layout.name if run.layout else run.folder.name, *(traits(run)[name] for name in names)])
+        for run in runs
+    ]
+    return [
+        f"{text} ({run.folder.name})" if short.count(text) > 1 else text for text, run in zip(short, runs, strict=True)
+    ]
+
+
+def _read(folder: Path) -> Run:
+    results = _json(folder / "results.json")
+    metrics = []
+    if (folder / "metrics.jsonl").exists():
+        for line in (folder / "metrics.jsonl").read_text().splitlines():
+            try:
+                metrics.append(json.loads(line))
+            except ValueError:  # the line that was being written
+                continue
+    composed = folder / ".hydra" / "config.yaml"
+    config = OmegaConf.to_container(OmegaConf.load(composed), resolve=False) if composed.exists() else {}
+    return Run(folder, results, metrics, config if isinstance(config, dict) else {})
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
