@@ -33,7 +33,7 @@ def write(paths: list[Path], out: Path, console: Console) -> int:
     out.mkdir(parents=True, exist_ok=True)
     title = ", ".join(path.resolve().name for path in paths)
     counts = ", ".join(f"{n} {status}" for status, n in Counter(run.status for run in found).items())
-    models = ", ".join(sorted({run.model for run in found}))
+    models = ", ".join(sorted({run.model for run in found} - {"?"})) or "unknown model"
     about = f"{len(found)} {'run' if len(found) == 1 else 'runs'} ({counts}) of {models}"
     troubles = table.troubles(found)
     drawn = pictures.draw(found)
@@ -48,9 +48,11 @@ def write(paths: list[Path], out: Path, console: Console) -> int:
 
 
 def _show(figures: table.Table, troubles: list[tuple[str, str]], console: Console) -> None:
-    shown = rich.table.Table(box=rich.box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold")
+    shown = rich.table.Table(
+        box=rich.box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold", padding=(0, 0, 0, 1)
+    )
     for number, name in enumerate(figures.titles):
-        shown.add_column(name, justify="right" if number else "left", overflow="fold")
+        shown.add_column(name, justify="right" if number else "left", no_wrap=number > 0)
     for row in figures.rows:
         shown.add_row(*(rich.markup.escape(text) for _, text in row))
     console.print()

@@ -28,22 +28,24 @@ th:first-child, td:first-child { text-align: left }
 td.reason { text-align: left; white-space: normal }
 thead th { border-bottom: 2px solid #222; vertical-align: bottom }
 th button { all: unset; cursor: pointer } th button:focus-visible { outline: 2px solid #0072b2 }
-th[aria-sort=ascending] button::after { content: " \\25B2" } th[aria-sort=descending] button::after { content: " \\25BC" }
+th[aria-sort=ascending] button::after { content: " \\25B2" }
+th[aria-sort=descending] button::after { content: " \\25BC" }
 tbody tr:hover { background: #f4f7fa }
 .ok { color: #00664a } .failed, .interrupted { color: #a03c00; font-weight: 600 } .skipped, .unfinished { color: #666 }
 figure { margin: 0 } figure svg { max-width: 100%; height: auto }
 @media print { body { margin: 0; max-width: none; font-size: 10pt } nav { display: none }
-  section { break-inside: avoid } .wide { overflow: visible } table { font-size: 7.5pt } th, td { padding: .15rem .35rem } }
+  section { break-inside: avoid } .wide { overflow: visible } table { font-size: 7.5pt }
+  th, td { padding: .15rem .35rem } }
 """
 
 _SORT = """
 for (const head of document.querySelectorAll("table.sortable th")) head.firstChild.onclick = () => {
-  const table = head.closest("table"), column = head.cellIndex, down = head.ariaSort === "ascending";
-  for (const other of table.tHead.rows[0].cells) other.ariaSort = "none";
-  head.ariaSort = down ? "descending" : "ascending";
+  const table = head.closest("table"), column = head.cellIndex, down = head.getAttribute("aria-sort") === "ascending";
+  for (const other of table.tHead.rows[0].cells) other.removeAttribute("aria-sort");
+  head.setAttribute("aria-sort", down ? "descending" : "ascending");
   const key = row => row.cells[column].dataset.value, number = row => parseFloat(key(row));
   const order = (a, b) => key(a) === "" ? 1 : key(b) === "" ? -1 : (down ? -1 : 1) *
-    (isNaN(number(a)) || isNaN(number(b)) ? key(a).localeCompare(key(b), "en", {numeric: true}) : number(a) - number(b));
+    (isNaN(number(a) + number(b)) ? key(a).localeCompare(key(b), "en", {numeric: true}) : number(a) - number(b));
   table.tBodies[0].append(...[...table.tBodies[0].rows].sort(order));
 };
 """

@@ -114,7 +114,7 @@ def loss(runs: list[Run]) -> Figure | None:
         if len(groups) > 1:
             shared_traits = differing([members[0] for members in groups])
             upper.set_title(
-                ", ".join(traits(group[0])[name] for name in shared_traits if name not in ("sp", "dp", "zero"))
+                ", ".join(traits(group[0]).get(name, "?") for name in shared_traits if name not in ("sp", "dp", "zero"))
             )
         if not compared:
             upper.set_xlabel("optimizer step")
@@ -287,7 +287,7 @@ def _panels(
     found: dict[str, dict[str, dict[int, float]]] = {}
     for run in runs:
         of_run = traits(run)
-        points = found.setdefault(", ".join(of_run[name] for name in names), {}).setdefault(of_run[line], {})
+        points = found.setdefault(", ".join(of_run.get(name, "?") for name in names), {}).setdefault(of_run[line], {})
         points[axis(run)] = max(value(run), points.get(axis(run), 0))
     longest = {title: max(map(len, lines.values())) for title, lines in found.items()}
     shown = [title for title in found if longest[title] > 1 or max(longest.values()) == 1][:6]
@@ -349,14 +349,24 @@ def _difference_axis(axes: Axes, which: str, allowed: float) -> None:
             text, (1, allowed), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=7, color=FAINT
         )
     else:
-        axes.annotate(text, (allowed, 0), xycoords=("data", "axes fraction"), xytext=(-2, 2),
-                      textcoords="offset points", rotation=90, ha="right", va="bottom", fontsize=7, color=FAINT)  # fmt: skip
+        axes.annotate(
+            text,
+            (allowed, 0),
+            xycoords=("data", "axes fraction"),
+            xytext=(-2, 2),
+            textcoords="offset points",
+            rotation=90,
+            ha="right",
+            va="bottom",
+            fontsize=7,
+            color=FAINT,
+        )
 
 
 _GRADES = (
     (COLOURS[0], "", "weights and optimizer bit-exact"),
     ("#9ecbe8", "", "weights bit-exact, optimizer not part of the route"),
-    ("#f3c98b", "...", "loads, not bit-exact"),
+    ("#f3c98b", "\\\\", "loads, not bit-exact"),
     ("#e8a07a", "///", "failed"),
 )
 
@@ -394,8 +404,8 @@ _PICTURES: tuple[tuple[str, str, str, Callable[[list[Run]], Figure | None]], ...
     (
         "loss",
         "Training loss",
-        "Runs that differ only in their layout must draw one line. Where there are several, the lower part shows how far "
-        "each is from the first; a difference of exactly zero is drawn at 0.",
+        "Runs that differ only in their layout must draw one line. Where there are several, the lower part shows how "
+        "far each is from the first; a difference of exactly zero is drawn at 0.",
         loss,
     ),
     (

@@ -24,6 +24,18 @@ _NOT_PART_OF_THE_LOSS = (
 )  # fmt: skip
 
 
+#: Trait, how it is written, and its key
+_SETTINGS = (
+    ("batch", "batch ", "train.global_batch_size"),
+    ("data", "data ", "data.name"),
+    ("optim", "", "optim.name"),
+    ("precision", "", "train.precision"),
+    ("memory", "memory ", "memory.name"),
+    ("attention", "", "sp.attention"),
+    ("exchange", "exchange ", "sp.exchange"),
+)
+
+
 @dataclass(frozen=True)
 class Run:
     """A job's folder: results.json, metrics.jsonl and the composed configuration, as far as they are there."""
@@ -121,27 +133,29 @@ def traits(run: Run) -> dict[str, str]:
         "dp": f"dp {layout.dp}" if layout else "?",
         "zero": f"ZeRO {layout.zero}" if layout else "?",
         "seq_len": f"{run.seq_len:,} tokens" if run.seq_len else "?",
-        "batch": f"batch {run.setting('train.global_batch_size')}",
-        "data": f"data {run.setting('data.name')}",
-        "optim": str(run.setting("optim.name")),
-        "precision": str(run.setting("train.precision")),
-        "memory": f"memory {run.setting('memory.name')}",
-        "attention": str(run.setting("sp.attention")),
-        "exchange": f"{run.setting('sp.exchange')} exchange",
+        **{name: f"{word}{run.setting(key)}" for name, word, key in _SETTINGS if run.setting(key) is not None},
     }
 
 
 def differing(runs: list[Run]) -> list[str]:
     """The traits in which `runs` are not all the same."""
-    known = [traits(run) for run in runs]
-    return [name for name in (known[0] if known else ()) if len({of_run[name] for of_run in known}) > 1]
+    values: dict[str, set[str]] = {}
+    for run in runs:
+        for name, value in traits(run).items():
+            values.setdefault(name, set()).add(value)
+    return [name for name, found in values.items() if len(found - {"?"}) > 1]
 
 
 def labels(runs: list[Run]) -> list[str]:
     """A short name for each run: its layout and whatever else tells it from the others."""
     names = [name for name in differing(runs) if name not in ("sp", "dp", "zero")]
     short = [
-        ", ".join([run.layout.name if run.layout else run.folder.name, *(traits(run)[name] for name in names)])
+        ", ".join(
+            [
+                run.layout.name if run.layout else run.folder.name,
+                *(traits(run)[name] for name in names if name in traits(run)),
+            ]
+        )
         for run in runs
     ]
     return [

@@ -13,11 +13,13 @@ from matplotlib.ticker import FuncFormatter
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 LINES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-HATCHES = ("", "///", "...", "xxx", "\\\\\\", "ooo", "---")
+HATCHES = ("", "///", "\\\\\\", "xxx", "---", "|||", "+++")
 INK, FAINT, GRID = "#222222", "#767676", "#d8d8d8"
 
 RC: dict[str, Any] = {
-    "font.family": "DejaVu Sans",
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans", "Verdana", "Arial", "sans-serif"],  # all but the first: browsers without it
+    "svg.fonttype": "none",  # text that can be searched, at a third of the size
     "font.size": 9,
     "axes.titlesize": 10,
     "axes.titleweight": "bold",

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ulysses_exp.report.runs import Run, labels
+from ulysses_exp.report.runs import Run, differing, labels, traits
 from ulysses_exp.report.units import of_bytes, of_count, of_difference, of_loss, of_seconds
 
 
@@ -50,18 +50,18 @@ def _parity(run: Run) -> float | None:
 _COLUMNS = (
     Column("status", lambda r: r.status, str),
     Column("steps", lambda r: len(r.losses) or None, str, narrow=False),
-    Column("last loss", _last_loss, of_loss),
+    Column("loss", _last_loss, of_loss),
     Column("tokens/s", lambda r: r.figure("train.tokens_per_second"), of_count),
-    Column("step time", lambda r: r.figure("train.step_time_s.median"), of_seconds),
+    Column("step", lambda r: r.figure("train.step_time_s.median"), of_seconds),
     Column("p90", lambda r: r.figure("train.step_time_s.p90"), of_seconds, narrow=False),
     Column("MFU", lambda r: r.figure("train.mfu"), lambda share: f"{share:.1%}", narrow=False),
     Column("HFU", lambda r: r.figure("train.hfu"), lambda share: f"{share:.1%}", narrow=False),
-    Column("peak memory", lambda r: r.figure("train.peak_memory_bytes.max"), of_bytes),
+    Column("memory", lambda r: r.figure("train.peak_memory_bytes.max"), of_bytes),
     Column("all-to-all / step", lambda r: r.figure("train.communication.all_to_all_bytes_per_step"), of_bytes, False),
     Column("eval loss, bypass", lambda r: r.figure("eval.bypass.loss"), of_loss, narrow=False),
     Column("eval loss, sp", lambda r: r.figure("eval.sp.loss"), of_loss, narrow=False),
     Column("bypass - sp", _eval_difference, of_difference, narrow=False),
-    Column("reloads ok", _exact_cells, lambda cells: f"{cells[0]}/{cells[1]}"),
+    Column("reload", _exact_cells, lambda cells: f"{cells[0]}/{cells[1]}"),
     Column("parity", _parity, of_difference, narrow=False),
     Column("planned memory", lambda r: r.figure("plan.peak_memory_bytes_per_rank.total"), of_bytes, narrow=False),
     Column("longest sequence", lambda r: r.figure("plan.max_seq_len"), lambda tokens: f"{tokens:,}", narrow=False),
@@ -70,19 +70,30 @@ _COLUMNS = (
 
 def table(runs: list[Run], narrow: bool = False) -> Table:
     """The figures of `runs`; with `narrow` those that fit a terminal."""
+    names = [name for name in differing(runs) if name not in ("sp", "dp", "zero")]
+    layouts = [run.layout.name if run.layout else run.folder.name for run in runs]
+    told_apart = [
+        (layout, *(traits(run).get(name) for name in names)) for layout, run in zip(layouts, runs, strict=True)
+    ]
     columns = [
         column
         for column in _COLUMNS
         if (column.narrow or not narrow) and any(column.value(run) is not None for run in runs)
     ]
     rows = []
-    for label, run in zip(labels(runs), runs, strict=True):
-        row: list[tuple[Any, str]] = [(label, label)]
+    for run, layout, mark in zip(runs, layouts, told_apart, strict=True):
+        name = layout if told_apart.count(mark) == 1 else f"{layout} ({run.folder.name})"
+        row: list[tuple[Any, str]] = [(name, name)]
+        for trait in names:
+            row.append(
+                (run.seq_len, f"{run.seq_len or 0:,}") if trait == "seq_len" else (mark[names.index(trait) + 1],) * 2
+            )
         for column in columns:
             value = column.value(run)
             row.append((value, "-" if value is None else column.text(value)))
         rows.append(row)
-    return Table(["run", *(column.title for column in columns)], rows)
+    headings = ["tokens" if name == "seq_len" else name for name in names]
+    return Table(["layout", *headings, *(column.title for column in columns)], rows)
 
 
 def troubles(runs: list[Run]) -> list[tuple[str, str]]:
