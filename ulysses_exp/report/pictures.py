@@ -97,7 +97,7 @@ def loss(runs: list[Run]) -> Figure | None:
     canvas = figure(7.5 if len(groups) == 1 else 11, 5.2 if compared else 3.4)
     grid = canvas.add_gridspec(2 if compared else 1, len(groups), height_ratios=[3, 2] if compared else [1])
     for column, group in enumerate(groups):
-        group.sort(key=lambda run: (run.layout or Layout()).world)
+        group.sort(key=lambda run: (-len(run.losses), run.layout.world if run.layout else 0))
         names = labels(group)
         upper = canvas.add_subplot(grid[0, column])
         for index, (label, run) in enumerate(zip(names, group, strict=True)):
@@ -126,7 +126,7 @@ def loss(runs: list[Run]) -> Figure | None:
             differences = [abs(run.losses[s] - reference.losses[s]) / abs(reference.losses[s]) for s in shared]
             lower.plot(shared, [max(d, ZERO_AT) for d in differences], **(series(index) | {"markersize": 3.5}))
         _difference_axis(lower, "y", 1e-6)
-        lower.set_ylabel("relative difference\nto " + (reference.layout.name if reference.layout else "the first")
+        lower.set_ylabel("relative difference\nto the first"
                          if column == 0 else "")  # fmt: skip
         lower.set_xlabel("optimizer step")
     return canvas

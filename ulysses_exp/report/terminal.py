@@ -11,7 +11,7 @@ from typing import Any
 
 from rich import box
 from rich.console import Console, Group, RenderableType
-from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 from rich.rule import Rule
 from rich.table import Table
@@ -63,22 +63,27 @@ class Progress:
         self._complete()
         self._stage, self._total, self._completed, self._last_line = stage, total, 0, 0.0
         if self._bars is not None:
-            self._task = self._bars.add_task(stage, total=total, figures="")
+            count = "" if total is None else f"0/{total}"
+            self._task = self._bars.add_task(stage, total=total, count=count, figures="")
         elif total is None:
             self.note(f"{stage} ...")
 
-    def step(self, metrics: Mapping[str, float], completed: int | None = None) -> None:
-        """`completed` steps (by default one more) are done; `metrics` bear the names of metrics.jsonl."""
-        self._completed = self._completed + 1 if completed is None else completed
+    def step(self, metrics: Mapping[str, float]) -> None:
+        """A line of metrics.jsonl has come; its `step` says how far training is."""
+        if self._total is not None:
+            self._completed = min(int(metrics.get("step", self._completed + 1)), self._total)
+        count = "" if self._total is None else f"{self._completed}/{self._total}"
         shown = _figures(metrics)
-        if self._bars is not None and self._task is not None:
-            self._bars.update(self._task, completed=self._completed, figures=shown)
-            return
-        now = time.monotonic()
-        if self._last_line == 0.0 or self._completed == self._total or now - self._last_line >= self._interval_s:
-            self._last_line = now
-            total = "" if self._total is None else f"/{self._total}"
-            self.note(f"{self._stage} {self._completed}{total}  {shown}".rstrip())
+        evaluated = any(key.startswith("eval/") for key in metrics)
+        if evaluated and self._stage != "eval":  # by the ranks that have just trained
+            self.note(f"eval {shown}")
+        elif self._bars is not None and self._task is not None:
+            self._bars.update(self._task, completed=self._completed, count=count, figures=shown)
+        elif self._bars is None:
+            now = time.monotonic()
+            if self._last_line == 0.0 or self._completed == self._total or now - self._last_line >= self._interval_s:
+                self._last_line = now
+                self.note(" ".join(part for part in (self._stage, count, shown) if part))
 
     def note(self, text: str) -> None:
         """A line that stays, above the bars."""
@@ -104,7 +109,7 @@ class _HeadedBars(Bars):
         super().__init__(
             TextColumn("{task.description}", style="bold", markup=False),
             BarColumn(bar_width=16),
-            MofNCompleteColumn(),
+            TextColumn("{task.fields[count]}", markup=False),
             TextColumn("{task.fields[figures]}", markup=False),
             TimeRemainingColumn(compact=True, elapsed_when_finished=True),
             console=console,
@@ -119,12 +124,11 @@ class _HeadedBars(Bars):
 def _figures(metrics: Mapping[str, float]) -> str:
     """The few metrics that fit beside a bar."""
     found = []
-    for key in ("train/loss", "eval/sp/loss", "eval/bypass/loss"):
+    for name, key in (("loss", "train/loss"), ("bypass loss", "eval/bypass/loss"), ("sp loss", "eval/sp/loss")):
         if metrics.get(key) is not None:
-            found.append(f"loss {of_loss(metrics[key])}")
-            break
+            found.append(f"{name} {of_loss(metrics[key])}")
     if metrics.get("perf/tokens_per_second") is not None:
-        found.append(f"{of_count(metrics['perf/tokens_per_second'])} tok/s")
+        found.append(f"{of_count(metrics['perf/tokens_per_second'])} tokens/s")
     if metrics.get("memory/peak_bytes_max") is not None:
         found.append(of_bytes(metrics["memory/peak_bytes_max"]))
     return "  ".join(found)
