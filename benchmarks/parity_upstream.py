@@ -23,8 +23,7 @@ from typing import Any
 
 os.environ |= {"DS_ACCELERATOR": "cpu", "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
 os.environ.pop("LOCAL_SIZE", None)
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE / "peers"), str(HERE.parent)]
+sys.path.extend([str(Path(__file__).resolve().parent / "peers"), str(Path(__file__).resolve().parents[1])])
 
 import deepspeed
 import deepspeed.ops
@@ -180,7 +179,7 @@ def table(result: dict[str, Any]) -> str:
 
 if __name__ == "__main__":
     result = measure()
-    results = HERE / "results"
+    results = Path(__file__).resolve().parent / "results"
     results.mkdir(exist_ok=True)
     (results / "parity_upstream.json").write_text(json.dumps(result, indent=1) + "\n")
     (results / "parity_upstream.md").write_text(table(result))
