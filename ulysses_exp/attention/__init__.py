@@ -1,0 +1,6 @@
+"""Ulysses sequence parallelism on Hugging Face models: registration, exchange, documents."""
+
+from ulysses_exp.attention.exchange import all_to_all_bytes
+from ulysses_exp.attention.registration import Ulysses, ulysses
+
+__all__ = ["Ulysses", "all_to_all_bytes", "ulysses"]
