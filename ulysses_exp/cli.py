@@ -6,7 +6,11 @@ import os
 import re
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ulysses_exp.config import Config
+    from ulysses_exp.sweep import Sweep
 
 #: conf/ lies inside the installed package, beside it in a checkout
 _HERE = Path(__file__).resolve().parent
@@ -16,7 +20,6 @@ CONF = _HERE / "conf" if (_HERE / "conf").is_dir() else _HERE.parent / "conf"
 def main() -> None:
     """Entry point of run.py and of the installed command `ulysses-exp`."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach us as exceptions; we say them in a line
-    os.environ["OC_DISABLE_DOT_ACCESS_WARNING"] = "1"
     from hydra._internal.utils import get_args_parser
 
     arguments = get_args_parser().parse_args()
@@ -25,12 +28,21 @@ def main() -> None:
 
         sys.exit(serve())
     asks = arguments.help or arguments.hydra_help or arguments.cfg or arguments.info or arguments.shell_completion
-    outcomes: list[str] = []
     try:
         _register_resolvers()
-        if not asks and not arguments.multirun:
-            _validate(arguments.overrides)
-        _hydra(outcomes)
+        from ulysses_exp.sweep import Sweep, jobs_of
+
+        sweep = Sweep()
+        if not asks:
+            if not arguments.multirun and (sources := _several_sources(arguments.overrides)):
+                arguments.multirun = True
+                sys.argv[1:] = ["-m", *sources]
+                arguments.overrides = sources
+            if arguments.multirun:
+                sweep.total = jobs_of(arguments.overrides)
+            else:
+                _compose(arguments.overrides)
+        _hydra(sweep)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
@@ -40,12 +52,13 @@ def main() -> None:
             raise
         print(message, file=sys.stderr)
         sys.exit(2)
-    if any(outcome != "ok" for outcome in outcomes):
-        sys.exit(130 if "interrupted" in outcomes else 1)
+    if arguments.multirun:
+        _sweep_summary(sweep)
+    sys.exit(sweep.exit_code())
 
 
 def _register_resolvers() -> None:
-    """Names of sweep and job folders."""
+    """Names of sweep and job folders, for conf/config.yaml."""
     from datetime import datetime
 
     from omegaconf import OmegaConf
@@ -59,49 +72,103 @@ def _register_resolvers() -> None:
     OmegaConf.register_new_resolver("job_folder", job_folder, replace=True)
 
 
-def _validate(overrides: list[str]) -> None:
-    """Composes and checks the job before Hydra makes its folder."""
+def _compose(overrides: list[str]) -> Config:
+    """Composes and checks a job before Hydra makes its folder."""
     from hydra import compose, initialize_config_dir
 
-    import ulysses_exp.config as schema
+    from ulysses_exp import config, sources
 
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        schema.resolve(compose("config", overrides))
+        return config.resolve(sources.inherit(compose("config", overrides), overrides))
 
 
-def _hydra(outcomes: list[str]) -> None:
+def _several_sources(overrides: list[str]) -> list[str] | None:
+    """The overrides of a sweep over run folders, where `checkpoint.source` names more than one."""
+    from ulysses_exp.sources import run_folders
+
+    for i, override in enumerate(overrides):
+        key, _, value = override.partition("=")
+        if key == "checkpoint.source":
+            folders = run_folders(value.strip("'\""))
+            if len(folders) > 1:
+                choice = ",".join(f"'{folder}'" for folder in folders)
+                return [*overrides[:i], f"checkpoint.source={choice}", *overrides[i + 1 :]]
+    return None
+
+
+def _hydra(sweep: Sweep) -> None:
     import hydra
 
     import ulysses_exp.config  # noqa: F401  registers the schema
 
     def job(cfg: Any) -> None:
-        outcomes.append(run_job(cfg))
+        _run_job(cfg, sweep)
 
     hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(job)()
 
 
-def run_job(cfg: Any) -> str:
-    """One job of Hydra's: returns the status that its results.json says."""
+def _run_job(cfg: Any, sweep: Sweep) -> None:
+    """One job of Hydra's, in its folder."""
+    import json
+
     from hydra.core.hydra_config import HydraConfig
+    from omegaconf import OmegaConf
     from rich.console import Console
 
     from ulysses_exp import config as schema
-    from ulysses_exp.launch.local import warm_up
+    from ulysses_exp import sources
+    from ulysses_exp import sweep as sweeps
 
-    config = schema.resolve(cfg)
     hydra_config = HydraConfig.get()
     folder = Path(hydra_config.runtime.output_dir)
+    console = Console()
+    multirun = sweep.total > 1 or (hydra_config.mode is not None and hydra_config.mode.name == "MULTIRUN")
+    name = folder.name
+    try:
+        cfg = sources.inherit(cfg, list(hydra_config.overrides.task))
+        config = schema.resolve(cfg)
+    except schema.ConfigError as error:
+        if not multirun:
+            raise
+        sweeps.clear(folder)
+        (folder / "results.json").write_text(json.dumps(sweeps.skipped(cfg, str(error)), indent=1))
+        sweep.add("skipped", name, str(error), ran=False)
+        console.print(f"[yellow]skipped[/] {name}: {error}", highlight=False)
+        return
+    OmegaConf.save(cfg, folder / ".hydra" / "config.yaml")  # with what it inherits from checkpoint.source
+    if multirun and sweeps.finished(config, folder):
+        sweep.add("ok", name, None, ran=False)
+        console.print(f"[green]done[/] {name}", highlight=False)
+        return
+    sweeps.clear(folder)
+    results = _launch(config, folder, hydra_config, sweep.headline() if multirun else None, console)
+    sweep.add(results["status"], name, results["error"])
+
+
+def _launch(config: Config, folder: Path, hydra_config: Any, headline: str | None, console: Any) -> dict[str, Any]:
+    from ulysses_exp.config import device_of
+    from ulysses_exp.launch.local import warm_up
+
     if config.launch.name == "local" and set(config.stages) != {"plan"}:
-        warm_up(schema.device_of(config))  # the ranks' imports run beside ours
+        warm_up(device_of(config))  # the ranks' imports run beside ours
     from ulysses_exp import job
     from ulysses_exp.launch import open_ranks
 
     group = config.sweep.name or hydra_config.runtime.choices.get("experiment")
     ranks = open_ranks(config)
     try:
-        return job.run(config, folder, group=group, ranks=ranks, console=Console())["status"]
+        return job.run(config, folder, group=group, ranks=ranks, console=console, headline=headline)
     finally:
         ranks.close()
+
+
+def _sweep_summary(sweep: Sweep) -> None:
+    from collections import Counter
+
+    counts = ", ".join(f"{number} {outcome}" for outcome, number in Counter(sweep.outcomes).items())
+    print(f"sweep: {counts}")
+    for failure in sweep.failures:
+        print(f"  {failure}")
 
 
 def _user_message(error: Exception) -> str | None:
@@ -125,8 +192,6 @@ def _user_message(error: Exception) -> str | None:
     if match := re.search(r"In '[^']*': Could not find '([^']+)/([^']+)'", text):
         choices = sorted(p.stem for p in (CONF / match[1]).glob("*.yaml"))
         return f"{match[1]}: {match[2]!r} is not a choice; {nearest(match[2], choices)}"
-    if match := re.search(r"Could not override '?([\w./@]+)'?\.\s*No match in the defaults list", text):
-        return f"{match[1]}: unknown key; {nearest(match[1], sorted(known_keys()))}"
     key = getattr(cause, "full_key", None)
     first = str(cause).splitlines()[0]
     if key:

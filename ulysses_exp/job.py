@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from ulysses_exp.config import Config, architecture, device_of
 from ulysses_exp.launch import RankFailure, Ranks, Task
 from ulysses_exp.layout import REFERENCE, Layout
 from ulysses_exp.report.terminal import Progress, summary
+from ulysses_exp.sweep import fingerprint
 from ulysses_exp.tracking import Tracker
 
 log = logging.getLogger("ulysses_exp")
@@ -43,18 +44,20 @@ class Source:
     continuation: list[float] | None
 
 
-def run(config: Config, folder: Path, *, group: str | None, ranks: Ranks, console: Console) -> dict[str, Any]:
+def run(
+    config: Config, folder: Path, *, group: str | None, ranks: Ranks, console: Console, headline: str | None = None
+) -> dict[str, Any]:
     """Runs the stages of `config` in order and writes results.json; returns what it wrote.
 
     A stage that fails is recorded with its reason and the stages that do not need it go on. Raises KeyboardInterrupt
     after results.json says `interrupted`.
     """
     job = Job(config, folder, ranks)
-    with _run_log(folder), Progress(console) as progress:
+    with _run_log(folder), Progress(console, headline) as progress:
         tracker = Tracker(
             config,
             folder,
-            resolved=_plain(config),
+            resolved=asdict(config),
             name=f"{config.model.name}-{config.layout.name}",
             group=group,
             tags=config.stages,
@@ -93,6 +96,7 @@ class Job:
                 if _installed(name)
             },
             "device": device_of(config),
+            "fingerprint": fingerprint(config),
             "started": time.time(),
             "stages": {},
         }
@@ -364,12 +368,6 @@ def _run_log(folder: Path) -> Iterator[None]:
         handler.close()
 
 
-def _plain(config: Config) -> dict[str, Any]:
-    from dataclasses import asdict
-
-    return asdict(config)
-
-
 def _installed(name: str) -> bool:
     try:
         version(name)
@@ -415,6 +413,3 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _read_if_there(path: Path) -> dict[str, Any]:
     return _read(path) if path.exists() else {}
-
-
-__all__ = ["Job", "replace", "run"]

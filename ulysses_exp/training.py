@@ -50,7 +50,7 @@ def optimizer(config: Config, model: PreTrainedModel) -> torch.optim.Optimizer:
 
 
 def build_engine(config: Config, model: PreTrainedModel, mpu: Any) -> deepspeed.DeepSpeedEngine:
-    """Wraps `model` in DeepSpeed with the configured optimizer and schedule. `mpu` is None without sequence parallelism."""
+    """Wraps `model` in DeepSpeed with the configured optimizer and schedule; `mpu` is None where sp is 1."""
     if config.train.precision == "bf16":
         model.to(torch.bfloat16)
     steps = optimizer(config, model)
@@ -62,7 +62,7 @@ def build_engine(config: Config, model: PreTrainedModel, mpu: Any) -> deepspeed.
 
 
 def gradient_scale(layout: Layout) -> int:
-    """What a rank's share of the loss is multiplied by, so that DeepSpeed's reduction yields the gradient of the mean loss.
+    """The factor on a rank's share of the loss with which DeepSpeed's reduction yields the mean loss's gradient.
 
     Each rank back-propagates its own targets' loss over the token count of the whole step, so the true gradient is the
     plain *sum* over ranks. DeepSpeed 0.19.8 sums and then divides: by world / sp = dp in stages 0 to 2 (engine.py
@@ -118,31 +118,28 @@ def optimizer_step(session: Session, step: int) -> Step:
         device=device,
     )
     dist.all_reduce(counts)
-    # transformers divides the summed loss of a micro batch by this
-    items = counts[0].clamp(min=1).double() / gradient_scale(layout)
-
+    items = counts[0].clamp(min=1).float()  # transformers divides the summed loss of a micro batch by this
     share = torch.zeros((), dtype=torch.float64, device=device)
-    for batch in batches:
+    learning_rate = engine.get_lr()[0]
+    for number, batch in enumerate(batches, 1):
         labels = session.to_device(batch.labels)
         # always through the engine: under ZeRO 3 a call of the module itself drops all but one micro batch
-        loss = forward(session, batch, labels=labels, shift_labels=labels, num_items_in_batch=items.float()).loss
-        engine.backward(loss, scale_wrt_gas=False)
-        share += loss.detach().double() / gradient_scale(layout)
-        if engine.is_gradient_accumulation_boundary() and layout.zero == 0 and session.config.train.precision == "fp32":
-            norm = _norm(engine)  # engine.get_global_grad_norm() is None at stage 0 in fp32
-            learning_rate = engine.get_lr()[0]
-        elif engine.is_gradient_accumulation_boundary():
-            norm, learning_rate = None, engine.get_lr()[0]
+        loss = forward(session, batch, labels=labels, shift_labels=labels, num_items_in_batch=items).loss
+        share += loss.detach().double()
+        # the product makes a new tensor, and has to: given the model's output itself, stage 0 divides the gradient by
+        # the accumulation steps in spite of scale_wrt_gas=False (docs/findings.md)
+        engine.backward(loss * gradient_scale(layout), scale_wrt_gas=False)
+        if number == len(batches):
+            own_norm = _unsharded_norm(session)
         engine.step()
-    if norm is None:
-        norm = torch.as_tensor(engine.get_global_grad_norm())
+    norm = own_norm if own_norm is not None else engine.get_global_grad_norm()
 
     calls, size = session.all_to_alls.since(mark)
-    row = torch.stack(
-        [share, *torch.tensor([memory.peak(device), calls, size], dtype=torch.float64, device=device).unbind()]
-    )
-    rows = torch.empty(layout.world, 4, dtype=torch.float64, device=device)
-    dist.all_gather_into_tensor(rows, row)
+    mine = torch.tensor([0.0, memory.peak(device), calls, size], dtype=torch.float64, device=device)
+    mine[0] = share
+    rows = torch.zeros(layout.world, len(mine), dtype=torch.float64, device=device)
+    rows[session.rank] = mine
+    dist.all_reduce(rows)  # one collective for all the figures of the step
     table = rows.cpu()
     return Step(
         loss=float(table[:, 0].sum()),
@@ -157,10 +154,10 @@ def optimizer_step(session: Session, step: int) -> Step:
     )
 
 
-def _norm(engine: deepspeed.DeepSpeedEngine) -> torch.Tensor:
-    """L2 norm of the reduced gradients, which stage 0 leaves whole on every rank."""
-    return torch.linalg.vector_norm(
-        torch.stack(
-            [torch.linalg.vector_norm(p.grad.double()) for p in engine.module.parameters() if p.grad is not None]
-        )
-    )
+def _unsharded_norm(session: Session) -> torch.Tensor | None:
+    """L2 norm of the reduced gradients before clipping, where they are whole on every rank and DeepSpeed reports none:
+    `engine.get_global_grad_norm()` is None at stage 0 in fp32. None elsewhere."""
+    if session.layout.zero or session.config.train.precision != "fp32":
+        return None
+    gradients = [p.grad for p in session.engine.module.parameters() if p.grad is not None]
+    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g.double()) for g in gradients]))

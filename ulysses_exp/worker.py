@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import os
-import signal
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -18,6 +16,7 @@ import torch.distributed as dist
 
 from ulysses_exp.config import device_of
 from ulysses_exp.launch import failure
+from ulysses_exp.launch.orphans import die_with_parent
 from ulysses_exp.launch.task import Task
 from ulysses_exp.session import Session, open_session
 from ulysses_exp.stages import continuation, evaluate, parity, reload, train
@@ -33,8 +32,8 @@ WORK: dict[str, Callable[[Session], dict[str, Any]]] = {
 
 
 def run(task: Task, rank: int, store: dist.Store) -> None:
-    """Does `task` as `rank`; the ranks meet through `store`. An error is left for the parent (launch/failure.py), then raised."""
-    _die_with_parent()
+    """Does `task` as `rank`; the ranks meet through `store`. An error is left for the parent, then raised."""
+    die_with_parent()
     try:
         torch.set_num_threads(_threads())
         with _process_group(task, rank, store), open_session(task, rank) as session:
@@ -52,12 +51,6 @@ def run(task: Task, rank: int, store: dist.Store) -> None:
 def _threads() -> int:
     """Ranks share the cores: one thread each unless the environment says otherwise."""
     return int(os.environ.get("OMP_NUM_THREADS", "1"))
-
-
-def _die_with_parent() -> None:
-    """Asks the kernel to kill this rank when its parent dies: SIGKILL of a launcher otherwise orphans its ranks."""
-    prctl_set_pdeathsig = 1
-    ctypes.CDLL(None).prctl(prctl_set_pdeathsig, signal.SIGKILL)
 
 
 @contextlib.contextmanager

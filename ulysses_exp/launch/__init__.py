@@ -8,7 +8,7 @@ from ulysses_exp.config import Config
 from ulysses_exp.launch.failure import RankFailure
 from ulysses_exp.launch.task import Task
 
-__all__ = ["Ranks", "RankFailure", "Task", "open_ranks"]
+__all__ = ["RankFailure", "Ranks", "Task", "open_ranks"]
 
 
 class Ranks(Protocol):

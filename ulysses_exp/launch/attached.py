@@ -12,6 +12,7 @@ import sys
 from datetime import timedelta
 
 from ulysses_exp.launch.failure import RankFailure, first_failure
+from ulysses_exp.launch.orphans import OWNER
 from ulysses_exp.launch.task import Task
 
 _IDLE = timedelta(days=7)  # ranks wait this long for the next task; they die with their launcher before
@@ -29,8 +30,10 @@ def _environment() -> tuple[int, int]:
 
 
 def _store(rank: int, world: int):
-    import ulysses_exp.preload  # noqa: F401  what ranks need, and the environment that it wants
     from torch.distributed import rendezvous
+
+    os.environ.pop(OWNER, None)  # these ranks belong to their launcher
+    import ulysses_exp.preload  # noqa: F401  what ranks need, and the environment that it wants
 
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     store, _, _ = next(rendezvous("env://", rank, world, timeout=_IDLE))
@@ -55,7 +58,7 @@ class AttachedRanks:
         _take_part(self.store, self.number, task, 0)
         failed = [r for r in range(task.layout.world) if self.store.get(f"done{self.number}/{r}") != b"ok"]
         if failed:
-            raise first_failure(task.results, {rank: 1 for rank in failed})
+            raise first_failure(task.results, dict.fromkeys(failed, 1))
 
     def close(self) -> None:
         """Lets the other ranks go."""

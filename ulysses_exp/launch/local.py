@@ -15,6 +15,7 @@ from pathlib import Path
 
 from ulysses_exp.config import device_of
 from ulysses_exp.launch.failure import RankFailure, first_failure
+from ulysses_exp.launch.orphans import OWNER
 from ulysses_exp.launch.task import Task
 
 _POLL_SECONDS = 0.02
@@ -31,7 +32,8 @@ class LocalRanks:
 
         from ulysses_exp.launch.rank_logs import RankLogs
 
-        logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
+        for name in ("torch.distributed.elastic.multiprocessing.api", "torch.multiprocessing.spawn"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)  # the failing rank is reported once, by us
         meeting = task.results / "meeting"
         meeting.unlink(missing_ok=True)
         world = task.layout.world
@@ -41,7 +43,7 @@ class LocalRanks:
             ranks = start_processes(
                 name="rank",
                 entrypoint=_rank,
-                args={rank: (task, meeting) for rank in range(world)},
+                args=dict.fromkeys(range(world), (task, meeting)),
                 envs={rank: _environment(rank, world) for rank in range(world)},
                 logs_specs=RankLogs(task.results, world),
                 start_method="forkserver",
@@ -81,6 +83,7 @@ def _environment(rank: int, world: int) -> dict[str, str]:
 def warm_up(device: str) -> None:
     """Starts the forkserver that imports what ranks need, while this process goes on. Does nothing the second time."""
     os.environ.pop("LOCAL_SIZE", None)  # see preload.py
+    os.environ[OWNER] = str(os.getpid())
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -1,0 +1,34 @@
+"""No process of a job outlives the one that started it."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+
+#: The forkserver finds here the process that it belongs to.
+OWNER = "ULYSSES_EXP_OWNER"
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+_forked_by: int | None = None
+
+
+def _remember() -> None:
+    global _forked_by
+    _forked_by = os.getpid()
+
+
+os.register_at_fork(before=_remember)
+
+
+def die_with_parent() -> None:
+    """Asks the kernel to kill this process when the thread that started it ends, also by SIGKILL.
+
+    Called in the forkserver (which multiprocessing otherwise keeps alive as long as one of its children lives) and in
+    every rank (its child; under torchrun, the launcher's). Ends the process at once where the parent is gone already.
+    """
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    parent = _forked_by if _forked_by is not None else int(os.environ.get(OWNER, os.getppid()))
+    if os.getppid() != parent:
+        os._exit(1)

@@ -1,0 +1,54 @@
+"""What `checkpoint.source` means: which run folders it names, and the configuration that their checkpoints go with."""
+
+from __future__ import annotations
+
+import glob
+import os
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+#: What a checkpoint was trained as. A job that starts from it runs with the same, except for what its user overrides.
+INHERITED = ("model", "sp", "dp", "zero", "data", "memory", "train", "optim", "seed")
+
+
+def run_folders(source: str) -> list[Path]:
+    """The run folders that `source` names: a run folder, a checkpoint in one, a sweep folder, or a glob of these."""
+    found: list[Path] = []
+    for match in sorted(glob.glob(os.path.expanduser(source))):
+        path = Path(match)
+        if (path / ".hydra").is_dir() or (path / "manifest.json").exists():
+            found.append(path)
+        else:
+            found += sorted(p.parent for p in path.glob("**/.hydra") if (p.parent / "checkpoints" / "latest").exists())
+    return found
+
+
+def inherit(cfg: DictConfig, overrides: list[str]) -> DictConfig:
+    """`cfg` with the sections of the source's configuration, then with the user's own `overrides` of them again."""
+    source = cfg.checkpoint.source
+    if source is None or not (folders := run_folders(source)):
+        return cfg
+    run = folders[0].parent.parent if (folders[0] / "manifest.json").exists() else folders[0]
+    saved = run / ".hydra" / "config.yaml"
+    if not saved.exists():
+        return cfg
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    asked = OverridesParser.create().parse_overrides(overrides)
+    chosen = {override.key_or_group for override in asked}
+    trained = OmegaConf.load(saved)
+    for section in INHERITED:
+        if section not in chosen and section in trained:
+            OmegaConf.update(cfg, section, trained[section], merge=False, force_add=True)
+    for override in asked:
+        if override.key_or_group.split(".")[0] in INHERITED and "." in override.key_or_group:
+            with open_dict(cfg):
+                OmegaConf.update(cfg, override.key_or_group, override.value(), merge=True)
+    return OmegaConf.merge(OmegaConf.structured(_schema()), cfg)  # type: ignore[return-value]  # types are checked again
+
+
+def _schema() -> type:
+    from ulysses_exp.config import Config
+
+    return Config
