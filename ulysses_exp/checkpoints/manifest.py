@@ -1,0 +1,164 @@
+"""manifest.json: what a checkpoint consists of, and how its files are found to be what was written.
+
+Nothing in a checkpoint is code or pickle. Each byte is covered: this file by its own SHA-256, a shard's header by one
+too, the data of a tensor by the digest that was computed from the live engine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+import stat
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ulysses_exp.checkpoints.errors import CheckpointError
+from ulysses_exp.checkpoints.shards import DTYPES, Shard
+from ulysses_exp.layout import Layout
+
+NAME = "manifest.json"
+PORTABLE = "portable"
+_FORMAT, _VERSION = "ulysses-exp checkpoint", 1
+_SHARD_NAME = re.compile(r"[A-Za-z0-9_]+-\d{5}-of-\d{5}\.safetensors")
+_LARGEST_HEADER = 100_000_000  # bytes; the limit of the safetensors library
+
+
+@dataclass
+class Manifest:
+    """What is known of a checkpoint without opening another file."""
+
+    layout: str
+    step: int
+    optimizer: str  # class name
+    weights: dict[str, str]  # parameter -> digest of its full fp32 weights
+    states: dict[str, dict[str, str]]  # optimizer state -> parameter -> digest
+    numbers: dict[str, dict[str, float]]  # parameter -> optimizer state that is one number
+    module: dict[str, str]  # parameter -> digest of the weights in the type of the forward pass, as exported
+    files: dict[str, dict[str, Any]]  # shard in portable/ -> bytes, sha256 of its header
+    engine: dict[str, Any] = field(default_factory=dict)  # counters, learning rates, scheduler
+    state: dict[str, Any] = field(default_factory=dict)  # the caller's
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def write(self, folder: Path) -> None:
+        """Writes and syncs `folder`/manifest.json."""
+        content = {"format": _FORMAT, "version": _VERSION, **asdict(self)}
+        content["sha256"] = _checksum(content)
+        with (folder / NAME).open("w") as file:
+            json.dump(content, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+
+    @classmethod
+    def read(cls, folder: Path) -> Manifest:
+        """Raises CheckpointError where the file is missing, damaged, or not of this format."""
+        path = folder / NAME
+        try:
+            content = json.loads(_regular(path).read_text(), parse_constant=_no_constant)
+        except FileNotFoundError:
+            raise CheckpointError(path, "missing; this is no checkpoint, or an unfinished one") from None
+        except (OSError, ValueError, RecursionError) as error:
+            raise CheckpointError(path, f"unreadable ({str(error).splitlines()[0]})") from None
+        if not isinstance(content, dict) or content.get("format") != _FORMAT:
+            raise CheckpointError(path, "is not the manifest of a checkpoint of ulysses-exp")
+        if content.get("version") != _VERSION:
+            raise CheckpointError(path, f"has format version {content.get('version')!r}, this is version {_VERSION}")
+        checksum = content.pop("sha256", None)
+        if checksum != _checksum(content):
+            raise CheckpointError(path, "damaged: its checksum does not match its content")
+        del content["format"], content["version"]
+        try:
+            manifest = cls(**content)
+            Layout.parse(manifest.layout)
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(path, f"has wrong entries ({error})") from None
+        for name in manifest.files:
+            if not _SHARD_NAME.fullmatch(name):
+                raise CheckpointError(path, f"names a file that no checkpoint holds: {name!r}")
+        return manifest
+
+
+def describe(shard: Shard) -> dict[str, Any]:
+    """The entry of a shard in `Manifest.files`."""
+    header = shard.header()
+    return {
+        "bytes": len(header) + sum(tensor.nbytes for tensor in shard.tensors),
+        "header_sha256": hashlib.sha256(header).hexdigest(),
+    }
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a shard."""
+
+    path: Path
+    dtype: str  # safetensors' name of it
+    shape: tuple[int, ...]
+    position: int  # byte in the file
+    nbytes: int
+
+
+def stored_tensors(folder: Path, manifest: Manifest) -> dict[tuple[str, str], Stored]:
+    """(kind, name) -> where the tensor lies. Checks sizes and headers of all shards; reads no data.
+
+    Raises:
+        CheckpointError: a file is missing, is not a regular one, or differs from what was written.
+    """
+    found: dict[tuple[str, str], Stored] = {}
+    for file, about in manifest.files.items():
+        path = folder / PORTABLE / file
+        kind = file.split("-")[0]
+        for name, stored in _read_header(path, about).items():
+            found[kind, name] = stored
+    expected = {("weights", name) for name in manifest.weights}
+    expected |= {(kind, name) for kind, names in manifest.states.items() for name in names}
+    if found.keys() != expected:
+        kind, name = min(found.keys() ^ expected)
+        raise CheckpointError(
+            folder / NAME, f"{kind} of {name} {'has no digest' if (kind, name) in found else 'is in no file'}"
+        )
+    return found
+
+
+def _read_header(path: Path, about: dict[str, Any]) -> dict[str, Stored]:
+    try:
+        size = _regular(path).stat().st_size
+        if size != about["bytes"]:
+            raise CheckpointError(path, f"damaged: {size} bytes instead of {about['bytes']}")
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if length > min(size - 8, _LARGEST_HEADER):
+                raise CheckpointError(path, f"damaged: its header claims {length} bytes")
+            text = file.read(length)
+    except FileNotFoundError:
+        raise CheckpointError(path, "missing") from None
+    except OSError as error:
+        raise CheckpointError(path, f"unreadable ({error.strerror})") from None
+    if hashlib.sha256(length.to_bytes(8, "little") + text).hexdigest() != about["header_sha256"]:
+        raise CheckpointError(path, "damaged or foreign: its header is not the one that was written")
+    tensors = {}
+    for name, entry in json.loads(text).items():
+        if name != "__metadata__":
+            begin, end = entry["data_offsets"]
+            tensors[name] = Stored(path, entry["dtype"], tuple(entry["shape"]), 8 + length + begin, end - begin)
+            known = {kind: dtype.itemsize for dtype, kind in DTYPES.items()}
+            assert math.prod(entry["shape"]) * known[entry["dtype"]] == end - begin
+    return tensors
+
+
+def _regular(path: Path) -> Path:
+    """`path`, if it is a regular file; links could lead outside of the checkpoint."""
+    if not stat.S_ISREG(path.lstat().st_mode):
+        raise CheckpointError(path, "is not a regular file")
+    return path
+
+
+def _checksum(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _no_constant(name: str) -> float:
+    raise ValueError(f"{name} is not JSON")

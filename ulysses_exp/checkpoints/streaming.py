@@ -1,0 +1,159 @@
+"""Writes tensors whose parts lie on several ranks into safetensors files, a piece at a time.
+
+All ranks go through the same rounds. In a round each rank receives the next piece of the file that it is writing from
+the ranks that hold it, so memory is bounded by a piece, a byte travels at most once, and all ranks write at the same
+time.
+Bytes are sent, not numbers added, so every bit arrives, also of -0.0 and NaN.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from ulysses_exp.checkpoints.digest import digest_bytes, to_hex, to_int64
+from ulysses_exp.checkpoints.homes import Fragment
+from ulysses_exp.checkpoints.shards import Shard, Tensor
+
+#: Bytes moved in a round. Two of them can be in memory: one being received, one being written.
+PIECE_BYTES = 8 << 20
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Elements [start, start + numel) of `tensor`, which lie at byte `position` of a shard."""
+
+    shard: Shard
+    tensor: Tensor
+    start: int
+    numel: int
+    position: int
+
+
+def write(shards: list[Shard], fragments: list[Fragment], folder: Path) -> dict[tuple[str, str], str]:
+    """Writes the shards into `folder` and syncs them to disk. Collective over the world.
+
+    Returns:
+        For each (kind, name) the digest of the tensor, computed where its parts lie, before they were sent or written.
+    """
+    rank, device = dist.get_rank(), communication_device()
+    mine = {(f.kind, f.name): f for f in fragments}
+    index = {(t.kind, t.name): i for i, t in enumerate(t for shard in shards for t in shard.tensors)}
+    digests = [0] * len(index)
+    writing: Future[None] | None = None
+    with ThreadPoolExecutor(1) as disk, _Files(folder) as files:
+        for shard in shards:
+            if shard.writer == rank:
+                files.write(shard, np.frombuffer(shard.header(), np.uint8), 0)
+        # the other ranks' pieces in an order that all agree on, so that sends and receives meet
+        for round_ in zip_longest(*(_pieces(shards, writer) for writer in range(dist.get_world_size()))):
+            incoming: torch.Tensor | None = None
+            messages: list[dist.P2POp] = []
+            for writer, piece in enumerate(round_):
+                if piece is None:
+                    continue
+                key = (piece.tensor.kind, piece.tensor.name)
+                itemsize = piece.tensor.dtype.itemsize
+                for part in piece.tensor.parts:
+                    begin = max(part.start, piece.start)
+                    end = min(part.start + part.numel, piece.start + piece.numel)
+                    if begin >= end:
+                        continue
+                    if part.rank == rank:
+                        held = mine[key]
+                        view = held.data[begin - held.start : end - held.start].view(torch.uint8)
+                        host = view.cpu()
+                        digests[index[key]] += digest_bytes(host.numpy(), begin * itemsize)
+                        if writer != rank:
+                            messages.append(dist.P2POp(dist.isend, view.to(device), writer))
+                        elif end - begin == piece.numel:
+                            incoming = host
+                        else:
+                            incoming = _buffer(incoming, piece, device)
+                            place = (begin - piece.start) * itemsize
+                            incoming[place : place + len(view)].copy_(view)
+                    elif writer == rank:
+                        incoming = _buffer(incoming, piece, device)
+                        place = slice((begin - piece.start) * itemsize, (end - piece.start) * itemsize)
+                        messages.append(dist.P2POp(dist.irecv, incoming[place], part.rank))
+            for message in dist.batch_isend_irecv(messages) if messages else ():
+                message.wait()
+            if incoming is not None:
+                if writing is not None:
+                    writing.result()
+                piece = round_[rank]
+                assert piece is not None
+                writing = disk.submit(files.write, piece.shard, incoming.cpu().numpy(), piece.position)
+        if writing is not None:
+            writing.result()
+    return dict(zip(index, all_reduce_digests(digests), strict=True))
+
+
+def communication_device() -> torch.device:
+    """Where tensors have to lie to be sent: the accelerator under NCCL, host memory under gloo."""
+    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+
+
+def all_reduce_digests(mine: list[int]) -> list[str]:
+    """The digests of whole tensors from the ranks' shares. Collective over the world."""
+    shares = torch.tensor([to_int64(d & (1 << 64) - 1) for d in mine], dtype=torch.int64, device=communication_device())
+    if dist.get_world_size() > 1:
+        dist.all_reduce(shares)  # int64 wraps modulo 2^64
+    return [to_hex(d) for d in shares.tolist()]
+
+
+def _buffer(incoming: torch.Tensor | None, piece: _Piece, device: torch.device) -> torch.Tensor:
+    if incoming is not None:
+        return incoming
+    return torch.empty(piece.numel * piece.tensor.dtype.itemsize, dtype=torch.uint8, device=device)
+
+
+def _pieces(shards: list[Shard], writer: int) -> Iterator[_Piece]:
+    """What `writer` writes, in order."""
+    for shard in shards:
+        if shard.writer != writer:
+            continue
+        position = len(shard.header())
+        for tensor in shard.tensors:
+            step = PIECE_BYTES // tensor.dtype.itemsize
+            for start in range(0, tensor.numel, step):
+                yield _Piece(
+                    shard, tensor, start, min(step, tensor.numel - start), position + start * tensor.dtype.itemsize
+                )
+            position += tensor.nbytes
+
+
+class _Files:
+    """The shards that this rank writes; synced to disk when closed without an error."""
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+        self._open: dict[str, int] = {}
+
+    def __enter__(self) -> _Files:
+        return self
+
+    def write(self, shard: Shard, data: np.ndarray, position: int) -> None:
+        if shard.file not in self._open:
+            path = self._folder / shard.file
+            self._open[shard.file] = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        rest = memoryview(data)
+        while rest:
+            written = os.pwrite(self._open[shard.file], rest, position)
+            rest, position = rest[written:], position + written
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        for descriptor in self._open.values():
+            try:
+                if kind is None:
+                    os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
