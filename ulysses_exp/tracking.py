@@ -97,7 +97,7 @@ class Tracker:
         self._settings = {
             "project": config.tracker.project,
             "entity": config.tracker.entity,
-            "id": f"{_plain(name)}-{uuid.uuid4().hex[:6]}",  # readable: `wandb leet` lists runs by their directory
+            "id": _run_id(name),
             "name": name,
             "group": group,
             "tags": sorted({tag[:64] for tag in tags if tag}),
@@ -183,6 +183,8 @@ class Tracker:
                     return run
                 except Exception as error:
                     problem = _one_line(error)
+                    # The client's service holds on to the id of a run that it could not open.
+                    self._settings["id"] = _run_id(self._settings["name"])
                     for started in (self._folder / "wandb").glob("run-*"):  # nothing was logged to it
                         shutil.rmtree(started, ignore_errors=True)
             self._mode = "offline"
@@ -336,12 +338,14 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _plain(name: str) -> str:
-    return re.sub(r"[^\w.-]+", "-", name)[:100]
+def _run_id(name: str) -> str:
+    """A new id that can be read, because `wandb leet` lists runs by it."""
+    plain = re.sub(r"[^\w.-]+", "-", name)[:100]
+    return f"{plain}-{uuid.uuid4().hex[:6]}"
 
 
 def _one_line(error: BaseException) -> str:
-    return (" ".join(str(error).split()) or type(error).__name__)[:200]
+    return (" ".join(str(error).split()) or type(error).__name__)[:120]
 
 
 def _shown(path: Path) -> str:
@@ -378,7 +382,7 @@ def browse(paths: Iterable[Path]) -> int:
             for log in Path(path).resolve().glob("**/wandb/*run-*/*.wandb"):
                 if log.parent.is_symlink():
                     continue
-                # The list shows 30 characters of a directory's name and takes the file's from it: begin with the layout.
+                # The list shows 30 characters of a directory's name, from which it takes the file's.
                 stamp, name = log.parent.name.removeprefix("offline-").removeprefix("run-").split("-", 1)
                 name = name[match.start() :] if (match := re.search(r"sp\d+-dp\d+-z\d", name)) else name
                 (folder := gathered / f"run-{stamp}-{name}").mkdir(parents=True, exist_ok=True)
