@@ -15,9 +15,23 @@ __all__ = ["apply"]
 def apply(model: PreTrainedModel, memory: MemoryConfig) -> None:
     """Changes `model` in place, before `deepspeed.initialize`, so that its training forward holds less.
 
+    Weights and state dict keys stay the same, loss and gradients to rounding. With `memory.tiled_loss` a forward with
+    labels returns no logits.
+
     Args:
-        model: a Hugging Face causal LM. Its weights, outputs and state dict keys stay the same.
+        model: a Hugging Face causal LM.
         memory: what to switch on; the default switches nothing on.
+
+    Raises:
+        ConfigError: the model has not what an option works on.
     """
+    from ulysses_exp.memory.checkpointing import checkpoint_layers
+    from ulysses_exp.memory.tiled_loss import tile_loss
+    from ulysses_exp.memory.tiled_mlp import tile_mlps
+
+    if memory.tiled_mlp:
+        tile_mlps(model, memory.tiled_mlp)
     if memory.checkpointing != "none":
-        model.gradient_checkpointing_enable({"use_reentrant": memory.checkpointing == "reentrant"})
+        checkpoint_layers(model, reentrant=memory.checkpointing == "reentrant", offload=memory.offload_activations)
+    if memory.tiled_loss:
+        tile_loss(model, memory.tiled_loss)
