@@ -7,11 +7,13 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 
-from ulysses_exp.checkpoints.homes import Fragment
+if TYPE_CHECKING:
+    from ulysses_exp.checkpoints.homes import Fragment
 
 #: Files below this size are not divided over ranks; larger ones are not written (5 GB is what hubs recommend).
 SMALL_SHARD_BYTES, LARGE_SHARD_BYTES = 64 << 20, 5_000_000_000

@@ -1,0 +1,92 @@
+"""Opens a checkpoint as somebody would who has transformers alone.
+
+`python -m ulysses_exp.checkpoints.huggingface_check FOLDER --out RESULT.json`: a fresh process in which deepspeed cannot be imported. Compares the weights that `from_pretrained` loads with the
+digests that were taken of the trained model, bit for bit, and computes the loss of a batch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+def check(folder: Path, digests: dict[str, str] | None, batch: Path | None) -> dict[str, Any]:
+    """The findings as a part of results.json's reload cell.
+
+    Args:
+        folder: what `from_pretrained` opens.
+        digests: of each parameter, in the type it was trained in; None compares nothing.
+        batch: safetensors file with `input_ids` and `labels` [batch, tokens]; labels are the next tokens already, as in
+            ulysses_exp.data; `position_ids` where they matter.
+
+    Returns:
+        weights_bit_exact, seconds and bytes of loading, dtype, and the batch's mean `loss` over its targets.
+    """
+    import torch
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+
+    from ulysses_exp.checkpoints.digest import digest, to_hex
+
+    began = time.perf_counter()
+    model, report = AutoModelForCausalLM.from_pretrained(
+        folder, use_safetensors=True, local_files_only=True, dtype="auto", output_loading_info=True
+    )
+    result: dict[str, Any] = {
+        "seconds": time.perf_counter() - began,
+        "bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "weights_bit_exact": None,
+    }
+    if digests is not None:
+        loaded = dict(model.named_parameters()) | dict(model.named_buffers())
+        wrong = sorted(n for n, d in digests.items() if n not in loaded or to_hex(digest(loaded[n].data)) != d)
+        wrong += sorted(str(key) for key in report["missing_keys"])
+        result["weights_bit_exact"] = not wrong
+        if wrong:
+            result["different"] = wrong[:5]
+    if batch is not None:
+        tensors = load_file(batch)
+        model.eval()
+        with torch.no_grad():
+            logits = model(tensors["input_ids"], position_ids=tensors.get("position_ids"), use_cache=False).logits
+        labels = tensors["labels"].flatten()
+        result["loss"] = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), labels).item()
+    return result
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, help="a checkpoint, or a folder for from_pretrained")
+    parser.add_argument("--batch", type=Path, help="safetensors file: input_ids, labels (the next tokens)")
+    parser.add_argument(
+        "--fingerprint", type=Path, help="JSON, parameter -> digest; default: the checkpoint's manifest"
+    )
+    parser.add_argument("--out", type=Path, required=True, help="where the findings go, as JSON")
+    chosen = parser.parse_args(arguments)
+    sys.modules["deepspeed"] = None  # type: ignore[assignment]  # Python's way of saying: not to be imported
+
+    folder, digests = chosen.folder, None
+    try:
+        if (folder / "manifest.json").exists():
+            from ulysses_exp.checkpoints.manifest import Manifest
+
+            digests = Manifest.read(folder).module
+            folder = folder / "huggingface"
+        if chosen.fingerprint is not None:
+            digests = json.loads(chosen.fingerprint.read_text())
+        result = check(folder, digests, chosen.batch)
+    except Exception as error:
+        print(f"{folder}: {str(error).strip().splitlines()[0]}", file=sys.stderr)
+        return 1
+    chosen.out.write_text(json.dumps(result, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
