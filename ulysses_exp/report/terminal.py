@@ -65,7 +65,7 @@ class Progress:
         if self._bars is not None:
             count = "" if total is None else f"0/{total}"
             self._task = self._bars.add_task(stage, total=total, count=count, figures="")
-        elif total is None:
+        else:
             self.note(f"{stage} ...")
 
     def step(self, metrics: Mapping[str, float]) -> None:
