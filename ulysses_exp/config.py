@@ -48,7 +48,7 @@ class ModelConfig:
 class SequenceParallelConfig:
     size: int = 2
     attention: str = "sdpa"
-    exchange: str = "deepspeed"
+    exchange: str = "fused"
 
 
 @dataclass

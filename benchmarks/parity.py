@@ -1,0 +1,148 @@
+"""Every layout against the single process, for every kind of model, data and batch that has fooled somebody.
+
+    python benchmarks/parity.py [--variants gqa,packed] [--optimizers sgd,adamw]
+
+Writes benchmarks/results/parity.{json,md}. A cell is the largest relative difference over the steps of loss, gradient
+norm and any weight tensor (largest absolute difference over its largest weight).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from hydra import compose, initialize_config_dir  # noqa: E402
+
+from ulysses_exp.cli import CONF  # noqa: E402
+from ulysses_exp.config import Config, resolve  # noqa: E402
+from ulysses_exp.launch import RankFailure, Task  # noqa: E402
+from ulysses_exp.launch.local import LocalRanks  # noqa: E402
+from ulysses_exp.layout import REFERENCE, Layout  # noqa: E402
+from ulysses_exp.stages.parity import compare  # noqa: E402
+
+LAYOUTS = [Layout(sp, dp, zero) for zero in range(4) for sp in (1, 2, 4) for dp in (1, 2, 4) if sp * dp <= 4]
+
+VARIANTS: dict[str, list[str]] = {
+    "gqa": [],
+    "mha": ["model=tiny_llama_mha"],
+    "mqa, KV replicated": ["model=tiny_llama_mqa"],
+    "tied embeddings": ["model=tiny_llama_tied"],
+    "packed": ["data=packed", "data.mean_document=40"],
+    "ignored labels": ["data.ignore_labels=0.9"],
+    "right padding": ["data.padding=right"],
+    "left padding": ["data.padding=left"],
+    "sliding window": ["model=tiny_mistral_window", "model.architecture.sliding_window=24"],
+    "gemma 3, local and global layers": ["model=tiny_gemma3", "model.architecture.sliding_window=24"],
+    "qwen 3": ["model=tiny_qwen3"],
+    "one micro step": ["train.global_batch_size=4", "train.micro_batch_size=MAX"],
+    "clipping": ["optim.grad_clip=0.5"],
+}
+
+COMMON = ["train.seq_len=128", "train.global_batch_size=4", "parity.steps=3", "tracker.mode=disabled", "stages=[parity]",
+          "device=cpu"]  # fmt: skip
+
+
+def configuration(variant: str, optimizer: str, layout: Layout, exchange: str = "fused") -> Config:
+    """The experiment of one cell. Without a variant that says otherwise the global batch of 4 accumulates."""
+    extra = [o.replace("MAX", str(4 // layout.dp)) for o in VARIANTS[variant]]
+    overrides = [*COMMON, f"optim={optimizer}", f"sp.size={layout.sp}", f"dp.size={layout.dp}",
+                 f"zero.stage={layout.zero}", f"sp.exchange={exchange}", *extra]  # fmt: skip
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return resolve(compose("config", overrides))
+
+
+class Harness:
+    """Runs cells on warm ranks; a reference is run once a variant and optimizer."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.ranks = folder, LocalRanks()
+        self._references: dict[tuple[str, str], Path] = {}
+
+    def cell(self, variant: str, optimizer: str, layout: Layout, exchange: str = "fused") -> dict[str, Any]:
+        """The `parity` result of one layout."""
+        config = configuration(variant, optimizer, layout, exchange)
+        key = (variant, optimizer)
+        if key not in self._references:
+            one = configuration(variant, optimizer, REFERENCE, exchange)
+            self._references[key] = self._trajectory(f"{len(self._references)}-reference", one)
+        try:
+            ours = self._trajectory("layout", config)
+        except RankFailure as error:
+            return {"status": "failed", "reason": str(error)}
+        reference = self._references[key]
+        runs = tuple(json.loads((folder / "trajectory.json").read_text()) for folder in (reference, ours))
+        return compare(config, reference, ours, runs)  # type: ignore[arg-type]
+
+    def _trajectory(self, name: str, config: Config) -> Path:
+        task = Task(name, config, ("trajectory",), self.folder)
+        self.ranks.run(task)
+        return task.results
+
+
+def largest(result: dict[str, Any]) -> float:
+    """The one figure of a cell."""
+    if "max_rel_loss_diff" not in result:
+        return float("nan")
+    return max(result["max_rel_loss_diff"], result["max_rel_grad_norm_diff"], result["max_rel_weight_diff"])
+
+
+def main() -> None:
+    """Runs the table and writes it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--variants", default=";".join(VARIANTS), help="separated by ;")
+    parser.add_argument("--optimizers", default="sgd,adamw")
+    parser.add_argument("--exchange", default="fused")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    arguments = parser.parse_args()
+    began, cells = time.time(), []
+    with tempfile.TemporaryDirectory() as folder:
+        harness = Harness(Path(folder))
+        for optimizer in arguments.optimizers.split(","):
+            for variant in arguments.variants.split(";"):
+                for layout in LAYOUTS:
+                    result = harness.cell(variant, optimizer, layout, arguments.exchange)
+                    cells.append({"optimizer": optimizer, "variant": variant, "layout": layout.name, **result})
+                worst = max(cells[-len(LAYOUTS) :], key=lambda c: (largest(c) != largest(c), largest(c)))
+                print(f"{optimizer} {variant}: worst {worst['layout']} {largest(worst):.1e}", flush=True)
+    versions = {name: version(name) for name in ("torch", "deepspeed", "transformers")}
+    report = {"seconds": time.time() - began, "machine": platform.platform(), "versions": versions,
+              "exchange": arguments.exchange, "cells": cells}  # fmt: skip
+    (arguments.out / "parity.json").write_text(json.dumps(report, indent=1))
+    (arguments.out / "parity.md").write_text(markdown(report))
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """A row a variant; the worst of the 24 layouts in each."""
+    lines = ["# Parity with a single process", "", f"fp32, 3 steps of 4 sequences of 128 tokens, 24 layouts (sp, dp in"
+             f" 1, 2, 4; ZeRO 0 to 3), exchange {report['exchange']}, {report['versions']}.",
+             "Largest relative difference over all layouts and steps.", "",
+             "| optimizer | variant | cells at or under 1e-6 | loss | gradient norm | weights | worst layout, parameter |",
+             "| --- | --- | --- | --- | --- | --- | --- |"]  # fmt: skip
+    for optimizer, variant in dict.fromkeys((c["optimizer"], c["variant"]) for c in report["cells"]):
+        rows = [c for c in report["cells"] if (c["optimizer"], c["variant"]) == (optimizer, variant)]
+        good = [c for c in rows if largest(c) <= 1e-6]
+        done = [c for c in rows if "max_rel_loss_diff" in c]
+        worst = max(done, key=largest)
+        place = max(worst["rows"], key=lambda row: row["weight"])["parameter"]
+        figures = [
+            f"{max(c[k] for c in done):.1e}"
+            for k in ("max_rel_loss_diff", "max_rel_grad_norm_diff", "max_rel_weight_diff")
+        ]
+        lines.append(
+            f"| {optimizer} | {variant} | {len(good)} of {len(rows)} | {' | '.join(figures)} | {worst['layout']}, {place} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()
