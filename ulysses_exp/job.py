@@ -66,6 +66,8 @@ def run(
         with tracker, following(folder / "metrics.jsonl", progress, tracker):
             try:
                 for stage in config.stages:
+                    if stage in job.results["stages"]:  # brought by the task of an earlier stage
+                        continue
                     progress.start(stage, config.train.steps if stage == "train" else None)
                     job.run_stage(stage, progress.note)
                     job.write()
@@ -105,9 +107,7 @@ class Job:
     # -- stages -----------------------------------------------------------------------------------------------
 
     def run_stage(self, stage: str, note: Callable[[str], None]) -> None:
-        """Runs `stage` unless an earlier task has brought its result already."""
-        if stage in self.results["stages"]:
-            return
+        """Runs `stage` and records its result, or the reason why there is none."""
         began = time.perf_counter()
         try:
             getattr(self, f"_{stage}")(note)

@@ -1,0 +1,116 @@
+"""A rank that dies, a parent that dies, a user who stops: one clear end, and nothing left behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, only_run
+
+
+def children(pid: int) -> list[int]:
+    """Processes started by `pid`, oldest first."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rsplit(")", 1)[1].split()
+        except OSError:
+            continue
+        if int(fields[1]) == pid:
+            found.append(int(stat.parent.name))
+    return sorted(found)
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def gone(pids: list[int], seconds: float) -> bool:
+    end = time.monotonic() + seconds
+    while any(map(alive, pids)):
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+class LongJob:
+    """A job that would train for minutes, once its ranks have made their first step."""
+
+    def __init__(self, folder: Path):
+        self.process = subprocess.Popen(
+            [sys.executable, str(ROOT / "run.py"), "sp.size=2", "stages=[train]", "train.steps=100000",
+             "train.seq_len=64", "device=cpu"],
+            cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        end = time.monotonic() + 90
+        while not list(folder.glob("outputs/*/*/metrics.jsonl")):
+            assert self.process.poll() is None and time.monotonic() < end, self.process.communicate()
+            time.sleep(0.05)
+        (self.forkserver,) = [p for p in children(self.process.pid) if len(children(p)) == 2]
+        self.ranks = children(self.forkserver)
+        self.all = [*self.ranks, self.forkserver, *children(self.process.pid)]
+
+
+@pytest.fixture
+def long_job(tmp_path):
+    before = set(os.listdir("/dev/shm"))
+    job = LongJob(tmp_path)
+    yield job
+    for pid in [job.process.pid, *job.all]:
+        if alive(pid):
+            os.kill(pid, signal.SIGKILL)
+    job.process.wait()
+    time.sleep(0.5)  # the resource tracker removes semaphores after its owners have ended
+    assert not set(os.listdir("/dev/shm")) - before
+
+
+def test_a_killed_rank_ends_the_job_and_is_named(long_job, tmp_path):
+    os.kill(long_job.ranks[1], signal.SIGKILL)
+    began = time.monotonic()
+    out, err = long_job.process.communicate(timeout=30)
+    assert time.monotonic() - began < 10
+    assert long_job.process.returncode == 1
+    results = json.loads((only_run(tmp_path) / "results.json").read_text())
+    assert results["status"] == "failed"
+    assert "rank 1" in results["error"] and "SIGKILL" in results["error"]
+    assert "rank 1" in out and "Traceback" not in out + err
+    assert gone(long_job.all, 10)
+
+
+def test_ranks_do_not_outlive_a_killed_parent(long_job, tmp_path):
+    os.kill(long_job.process.pid, signal.SIGKILL)
+    assert gone(long_job.all, 10)
+    lines = next(tmp_path.glob("outputs/*/*/metrics.jsonl")).read_text().splitlines()
+    assert all("train/loss" in json.loads(line) for line in lines[:-1])
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_job_says_so(long_job, tmp_path, sent):
+    os.kill(long_job.process.pid, sent)
+    out, err = long_job.process.communicate(timeout=30)
+    assert long_job.process.returncode == 130, out + err
+    assert "Traceback" not in out + err
+    assert json.loads((only_run(tmp_path) / "results.json").read_text())["status"] == "interrupted"
+    assert gone(long_job.all, 10)
+
+
+def test_an_error_in_a_rank_is_one_line_and_the_trace_is_in_the_log(command, tmp_path):
+    broken = tmp_path / "model"
+    broken.mkdir()
+    (broken / "config.json").write_text(json.dumps({"model_type": "llama", "num_attention_heads": 8,
+                                                    "hidden_size": 64, "vocab_size": 256}))  # fmt: skip
+    done = command("model=hub", f"model.name_or_path={broken}", "sp.size=2", "device=cpu", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stdout + done.stderr
+    run = only_run(tmp_path)
+    error = json.loads((run / "results.json").read_text())["error"]
+    assert "rank" in error and "model.name_or_path" in error
+    assert "Traceback" in (run / "run.log").read_text()

@@ -1,0 +1,33 @@
+"""`checkpoint.source`: training goes on, at another layout too, as if it had never stopped."""
+
+import json
+
+import pytest
+from conftest import only_run
+
+QUICK = ["stages=[train]", "train.seq_len=64", "tracker.mode=disabled", "device=cpu", "optim.schedule=cosine",
+         "optim.warmup_steps=2"]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("layout", "tolerance"),
+    [
+        ([], 0.0),
+        (["sp.size=1", "dp.size=2", "zero.stage=1"], 1e-6),
+    ],
+    ids=["same layout", "other layout"],
+)
+def test_the_curve_is_that_of_an_uninterrupted_run(command, tmp_path, layout, tolerance):
+    whole, part, rest = (tmp_path / name for name in ("whole", "part", "rest"))
+    for folder in (whole, part, rest):
+        folder.mkdir()
+    start = ["sp.size=2", "zero.stage=3", *QUICK]
+    assert command(*start, "train.steps=6", "checkpoint.every=4", "checkpoint.keep=2", cwd=whole).returncode == 0
+    source = only_run(whole) / "checkpoints" / "step4"
+    done = command("stages=[train]", f"checkpoint.source={source}", "tracker.mode=disabled", *layout, cwd=rest)
+    assert done.returncode == 0, done.stdout + done.stderr
+    uninterrupted = json.loads((only_run(whole) / "results.json").read_text())["stages"]["train"]
+    resumed = json.loads((only_run(rest) / "results.json").read_text())["stages"]["train"]
+    assert resumed["first_step"] == 4 and resumed["steps"] == 2
+    for key in ("loss", "grad_norm", "learning_rate"):
+        assert resumed[key] == pytest.approx(uninterrupted[key][4:], rel=tolerance, abs=0)
