@@ -22,13 +22,16 @@ def _remember() -> None:
 os.register_at_fork(before=_remember)
 
 
-def die_with_parent() -> None:
+def die_with_parent(parent: int | None = None) -> None:
     """Asks the kernel to kill this process when the thread that started it ends, also by SIGKILL.
 
     Called in the forkserver (which multiprocessing otherwise keeps alive as long as one of its children lives) and in
     every rank (its child; under torchrun, the launcher's). Ends the process at once where the parent is gone already.
+
+    Args:
+        parent: the process that is to be alive; None takes the one that forked this process, if it is known.
     """
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    parent = _forked_by if _forked_by is not None else int(os.environ.get(OWNER, os.getppid()))
-    if os.getppid() != parent:
+    parent = parent if parent is not None else _forked_by
+    if parent is not None and os.getppid() != parent:
         os._exit(1)
