@@ -70,7 +70,7 @@ class Tracker:
         resolved: the same configuration as plain dicts, logged as the run's config without anything secret.
         name: what the run is called, `<model>-<layout>`.
         group: the sweep or experiment it belongs to.
-        tags: the stages, and what the user adds.
+        tags: the stages; `config.tracker.tags` are added.
         on_warning: called with one line of text, at most once.
     """
 
@@ -100,17 +100,8 @@ class Tracker:
             "id": _run_id(name),
             "name": name,
             "group": group,
-            "tags": sorted({tag[:64] for tag in tags if tag}),
-            "config": {
-                **_without_secrets(resolved),
-                "layout": config.layout.name,  # flat keys: nested ones become `sp.value.size` in W&B's groupings
-                "world_size": config.layout.world,
-                "sp_size": config.sp.size,
-                "dp_size": config.dp.size,
-                "zero_stage": config.zero.stage,
-                "model_name": config.model.name,
-                "seq_len": config.train.seq_len,
-            },
+            "tags": sorted({tag[:64] for tag in (*tags, *config.tracker.tags) if tag}),
+            "config": _without_secrets(resolved) | (_flat(config) if resolved else {}),
         }
         self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
@@ -130,6 +121,11 @@ class Tracker:
         if self._mode != "disabled" and not self._finished:
             numbers = {key: value for key, value in metrics.items() if _is_number(value)}
             self._queue.put(lambda: self._log(numbers, step))
+
+    def log_media(self, pictures: Mapping[str, Path], columns: list[str], rows: list[list[Any]]) -> None:
+        """Logs PNG files as `report/<name>`, and a table of the runs that they show as `runs`."""
+        if self._mode != "disabled" and not self._finished:
+            self._queue.put(lambda: self._log_media(pictures, columns, rows))
 
     def finish(self, results: dict[str, Any], failed: bool) -> None:
         """Writes the figures of results.json as the run's summary and its reload cells as a table, then closes it.
@@ -227,6 +223,12 @@ class Tracker:
     def _log(self, metrics: Mapping[str, float], step: int) -> None:
         self._run.log({**metrics, "step": step}, step=max(step, self._run.step))
 
+    def _log_media(self, pictures: Mapping[str, Path], columns: list[str], rows: list[list[Any]]) -> None:
+        import wandb
+
+        images = {f"report/{name}": wandb.Image(str(path)) for name, path in pictures.items()}
+        self._run.log(images | {"runs": wandb.Table(columns=columns, data=rows, allow_mixed_types=True)})
+
     def _finish(self, results: dict[str, Any], failed: bool) -> None:
         for key, value in figures(results):
             self._run.summary[key] = value
@@ -323,6 +325,19 @@ def _support(folder: Path) -> dict[str, str]:
         "WANDB_DATA_DIR": str(place / "data"),
         "WANDB_ARTIFACT_DIR": str(place / "artifacts"),
         "WANDB_ERROR_REPORTING": "false",  # the client would report its own errors to its makers
+    }
+
+
+def _flat(config: Config) -> dict[str, Any]:
+    """What one groups runs by, without the dots that W&B's groupings write as `sp.value.size`."""
+    return {
+        "layout": config.layout.name,
+        "world_size": config.layout.world,
+        "sp_size": config.sp.size,
+        "dp_size": config.dp.size,
+        "zero_stage": config.zero.stage,
+        "model_name": config.model.name,
+        "seq_len": config.train.seq_len,
     }
 
 

@@ -11,7 +11,7 @@ GIB = 2**30
 
 
 def results(sp: int = 4, dp: int = 1, zero: int = 3, seq_len: int = 4096, steps: int = 20) -> dict[str, Any]:
-    """A job that trained, evaluated, reloaded, compared and planned. Its step time grows with the sequence, falls with sp."""
+    """A job with all stages; its step time grows with the sequence and falls with sp."""
     name = f"sp{sp}-dp{dp}-z{zero}"
     world = sp * dp
     loss = [5.5 * math.exp(-0.03 * i) + 0.02 * math.sin(i) for i in range(steps)]
@@ -33,7 +33,8 @@ def results(sp: int = 4, dp: int = 1, zero: int = 3, seq_len: int = 4096, steps:
         "device": "cpu",
         "stages": {
             "train": {
-                "status": "ok", "steps": steps, "loss": loss, "grad_norm": [1 + 0.1 * math.cos(i) for i in range(steps)],
+                "status": "ok", "steps": steps, "loss": loss,
+                "grad_norm": [1 + 0.1 * math.cos(i) for i in range(steps)],
                 "tokens_per_second": seq_len * 4 / step,
                 "step_time_s": {"median": step, "p90": step * 1.15},
                 "step_split_s": {"compute": compute, "exchange": exchange, "zero": 0.004 * zero, "input": 0.02},
@@ -47,7 +48,9 @@ def results(sp: int = 4, dp: int = 1, zero: int = 3, seq_len: int = 4096, steps:
             },
             "eval": {
                 "status": "ok",
-                "bypass": {"loss": 3.2101, "perplexity": math.exp(3.2101), "all_to_all_calls": 0, "tokens_per_second": 9000.0},
+                "bypass": {
+                    "loss": 3.2101, "perplexity": math.exp(3.2101), "all_to_all_calls": 0, "tokens_per_second": 9000.0,
+                },
                 "sp": {
                     "loss": 3.2101, "perplexity": math.exp(3.2101), "all_to_all_calls": 0 if sp == 1 else 16,
                     "tokens_per_second": 9000.0 * world * 0.8,
@@ -66,13 +69,14 @@ def results(sp: int = 4, dp: int = 1, zero: int = 3, seq_len: int = 4096, steps:
                 ],
             },
             "parity": {
-                "status": "ok", "reference": "sp1-dp1-z0", "max_rel_loss_diff": 1.4e-8, "max_rel_grad_norm_diff": 3.1e-8,
-                "max_rel_weight_diff": 8.8e-9,
+                "status": "ok", "reference": "sp1-dp1-z0", "max_rel_loss_diff": 1.4e-8,
+                "max_rel_grad_norm_diff": 3.1e-8, "max_rel_weight_diff": 8.8e-9,
             },
             "plan": {
                 "status": "ok",
                 "peak_memory_bytes_per_rank": {
-                    "total": 52 * GIB, "parameters": 15 * GIB, "gradients": 4 * GIB, "optimizer": 12 * GIB, "activations": 21 * GIB,
+                    "total": 52 * GIB, "parameters": 15 * GIB, "gradients": 4 * GIB, "optimizer": 12 * GIB,
+                    "activations": 21 * GIB,
                 },
                 "all_to_all_bytes_per_step": 3 * GIB, "fits": True, "max_seq_len": 131072,
             },
@@ -90,8 +94,9 @@ def write(folder: Path, made: dict[str, Any], seq_len: int = 4096) -> Path:
         for i, loss in enumerate(train.get("loss", [])):
             line = {
                 "step": i + 1, "train/loss": loss, "train/grad_norm": train["grad_norm"][i],
-                "perf/tokens_per_second": train["tokens_per_second"], "perf/step_time_s": train["step_time_s"]["median"],
+                "perf/tokens_per_second": train["tokens_per_second"],
                 "memory/peak_bytes_max": train["peak_memory_bytes"]["max"],
+                "perf/step_time_s": train["step_time_s"]["median"],
             }  # fmt: skip
             lines.write(json.dumps(line) + "\n")
     return folder

@@ -13,13 +13,17 @@ import rich.markup
 import rich.table
 from rich.console import Console
 
+from ulysses_exp.config import Config, TrackerConfig
 from ulysses_exp.report import html, markdown, pictures, runs, table
+from ulysses_exp.tracking import Tracker
 
 PNG_DPI = 130
 
 
-def write(paths: list[Path], out: Path, console: Console) -> int:
+def write(paths: list[Path], out: Path, console: Console, tracker: TrackerConfig | None = None) -> int:
     """Reads every run below `paths`, prints their figures and writes report.html, report.md and PNG files to `out`.
+
+    With `tracker`, the pictures and the table go to W&B, too, as a run of their own.
 
     Returns:
         The number of runs. With none, nothing is written.
@@ -44,7 +48,22 @@ def write(paths: list[Path], out: Path, console: Console) -> int:
     (out / "report.md").write_text(markdown.document(title, about, full, troubles, drawn), encoding="utf-8")
     _show(table.table(found, narrow=console.width < 160), troubles, console)
     console.print(f"{about}: {_shown(out / 'report.html')}", highlight=False, soft_wrap=True)
+    if tracker is not None:
+        _publish(out, title, {picture.name: out / f"{picture.name}.png" for picture in drawn}, full, tracker, console)
     return len(found)
+
+
+def _publish(
+    out: Path, title: str, files: dict[str, Path], figures: table.Table, tracker: TrackerConfig, console: Console
+) -> None:
+    """A W&B run of its own for the report, in the group of the runs that it shows."""
+    run = Tracker(
+        Config(tracker=tracker), out, resolved={}, name=f"report-{title}", group=title, tags=["report"],
+        on_warning=lambda text: console.print(text, style="yellow", highlight=False, soft_wrap=True),
+    )  # fmt: skip
+    run.log_media(files, figures.titles, [[text for _, text in row] for row in figures.rows])
+    run.finish({}, failed=False)
+    console.print(run.how_to_open, highlight=False, soft_wrap=True)
 
 
 def _show(figures: table.Table, troubles: list[tuple[str, str]], console: Console) -> None:
@@ -71,10 +90,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m ulysses_exp.report", description=__doc__)
     parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="run or sweep folders")
     parser.add_argument("--out", type=Path, help="where to write; default: into PATH, for several the current folder")
+    parser.add_argument("--tracker", choices=("offline", "online"), help="log pictures and table to W&B as a run")
+    parser.add_argument("--project", default="ulysses-exp", help="W&B project")
+    parser.add_argument("--entity", help="W&B user or team")
     arguments = parser.parse_args()
+    tracker = TrackerConfig(arguments.tracker, arguments.project, arguments.entity) if arguments.tracker else None
     out = arguments.out or (arguments.paths[0] if len(arguments.paths) == 1 else Path.cwd())
     try:
-        if write(arguments.paths, out, Console()):
+        if write(arguments.paths, out, Console(), tracker):
             return 0
     except FileNotFoundError as error:
         print(f"{error}: no such folder", file=sys.stderr)

@@ -44,6 +44,11 @@ def draw(runs: list[Run]) -> list[Picture]:
     return drawn
 
 
+def names() -> list[str]:
+    """The names that pictures can have, in the order of the report."""
+    return [name for name, *_ in _PICTURES]
+
+
 def throughput(runs: list[Run]) -> Figure | None:
     """Tokens per second against sequence length, a line for each sp; against sp where there is one length only."""
     measured = [run for run in runs if run.layout and run.seq_len and run.figure("train.tokens_per_second")]
