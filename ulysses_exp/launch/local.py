@@ -90,6 +90,9 @@ def warm_up(device: str) -> None:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     if device == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    here = str(Path(__file__).resolve().parents[2])  # Python 3.11's forkserver ignores its parent's sys.path
+    if here not in (paths := os.environ.get("PYTHONPATH", "").split(os.pathsep)):
+        os.environ["PYTHONPATH"] = os.pathsep.join([here, *filter(None, paths)])
     multiprocessing.set_forkserver_preload(["ulysses_exp.preload"])
     multiprocessing.forkserver.ensure_running()
 
