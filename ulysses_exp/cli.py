@@ -41,7 +41,9 @@ def main() -> None:
             if arguments.multirun:
                 sweep.total = jobs_of(arguments.overrides)
             else:
-                _compose(arguments.overrides)
+                axes = _compose(arguments.overrides)
+                arguments.multirun = bool(axes)
+                sweep.total = jobs_of([*axes, *arguments.overrides]) if axes else 1
         _hydra(sweep)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -72,14 +74,23 @@ def _register_resolvers() -> None:
     OmegaConf.register_new_resolver("job_folder", job_folder, replace=True)
 
 
-def _compose(overrides: list[str]) -> Config:
-    """Composes and checks a job before Hydra makes its folder."""
+def _compose(overrides: list[str]) -> list[str]:
+    """Composes and checks a job before Hydra makes its folder; returns the axes of a study that is a sweep."""
     from hydra import compose, initialize_config_dir
+    from hydra.types import RunMode
+    from omegaconf import open_dict
 
     from ulysses_exp import config, sources
 
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return config.resolve(sources.inherit(compose("config", overrides), overrides))
+        cfg = compose("config", overrides, return_hydra_config=True)
+    of_hydra = cfg.hydra
+    with open_dict(cfg):
+        del cfg["hydra"]
+    config.resolve(sources.inherit(cfg, overrides))
+    if of_hydra.mode != RunMode.MULTIRUN:
+        return []
+    return [f"{key}={value}" for key, value in (of_hydra.sweeper.params or {}).items()]
 
 
 def _several_sources(overrides: list[str]) -> list[str] | None:
