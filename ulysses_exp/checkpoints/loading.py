@@ -66,7 +66,10 @@ def load(
         error = found
     raise_together(error)
     weights_changed(engine)
-    restore(engine, manifest.engine)
+    try:
+        restore(engine, manifest.engine)
+    except (KeyError, TypeError, ValueError, AttributeError) as found:
+        raise CheckpointError(folder / NAME, f"has no state that this engine can take over ({found!r})") from None
 
     now = fingerprint(engine)
     wrong = [(WEIGHTS, name) for name, value in now.weights.items() if value != manifest.weights[name]]

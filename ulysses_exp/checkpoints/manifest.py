@@ -73,12 +73,33 @@ class Manifest:
         try:
             manifest = cls(**content)
             Layout.parse(manifest.layout)
+            manifest._check()
         except (TypeError, ValueError) as error:
             raise CheckpointError(path, f"has wrong entries ({error})") from None
         for name in manifest.files:
             if not _SHARD_NAME.fullmatch(name):
                 raise CheckpointError(path, f"names a file that no checkpoint holds: {name!r}")
         return manifest
+
+    def _check(self) -> None:
+        """Raises TypeError where an entry that `load` relies on is of another type than declared."""
+
+        def table(name: str, value: object, entry: type | tuple[type, ...]) -> None:
+            if not isinstance(value, dict) or not all(isinstance(v, entry) for v in value.values()):
+                raise TypeError(name)
+
+        if not isinstance(self.step, int) or self.step < 0:
+            raise TypeError("step")
+        table("weights", self.weights, str)
+        table("module", self.module, str)
+        for name, of, entry in (("states", self.states, str), ("numbers", self.numbers, (int, float))):
+            table(name, of, dict)
+            for value in of.values():
+                table(name, value, entry)
+        table("files", self.files, dict)
+        for value in self.files.values():
+            if not isinstance(value.get("bytes"), int) or not isinstance(value.get("header_sha256"), str):
+                raise TypeError("files")
 
 
 def describe(shard: Shard) -> dict[str, Any]:
