@@ -30,7 +30,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 from ulysses_exp.config import Config
 
@@ -190,7 +190,7 @@ class Tracker:
             )
         return self._init("offline")
 
-    def _init(self, mode: str) -> Any:
+    def _init(self, mode: Literal["offline", "online"]) -> Any:
         import wandb
 
         run = wandb.init(
@@ -227,7 +227,7 @@ class Tracker:
         import wandb
 
         images = {f"report/{name}": wandb.Image(str(path)) for name, path in pictures.items()}
-        self._run.log(images | {"runs": wandb.Table(columns=columns, data=rows, allow_mixed_types=True)})
+        self._run.log(images | {"runs": wandb.Table(columns=[*columns], data=rows, allow_mixed_types=True)})
 
     def _finish(self, results: dict[str, Any], failed: bool) -> None:
         for key, value in figures(results):

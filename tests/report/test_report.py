@@ -172,9 +172,20 @@ def test_reload_picture_shows_the_worst_result_of_a_pair(tmp_path):
     write(tmp_path / "run", made)
     canvas = pictures.reload(runs.find([tmp_path]))
     assert canvas is not None
-    assert [text.get_text() for text in canvas.legends[0].get_texts()] == ["weights and optimizer bit-exact", "failed"]
+    assert [text.get_text() for text in canvas.legends[0].get_texts()] == ["failed"]
     (patch,) = canvas.axes[0].patches
     assert patch.get_hatch() == "///"
+
+
+def test_reload_picture_counts_the_route_that_restores_the_optimizer(tmp_path):
+    made = results(2, 1, 3)
+    cells = made["stages"]["reload"]["cells"]
+    cells[:] = [{**cells[0], "route": "portable", "optimizer_bit_exact": True, "seconds": 0.5}, cells[0]]
+    write(tmp_path / "run", made)
+    canvas = pictures.reload(runs.find([tmp_path]))
+    assert canvas is not None
+    assert [text.get_text() for text in canvas.legends[0].get_texts()] == ["weights and optimizer bit-exact"]
+    assert [text.get_text() for text in canvas.axes[0].texts] == ["portable 500 ms\nhuggingface 1.40 s"]
 
 
 def test_ideal_memory_is_the_smallest_sp_divided(tmp_path):

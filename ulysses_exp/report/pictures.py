@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from ulysses_exp.layout import Layout
 from ulysses_exp.report.runs import Run, differing, labels, traits
@@ -78,11 +80,11 @@ def memory(runs: list[Run]) -> Figure | None:
         measured, _sp, line, lambda run: run.figure("train.peak_memory_bytes.max") / GIB, "sequence-parallel ranks (sp)"
     )
     panels[0].set_ylabel("peak memory, worst rank (GiB)")
-    dots = {"linestyle": (0, (1, 2)), "linewidth": 1.0}
+    dots: dict[str, Any] = {"linestyle": (0, (1, 2)), "linewidth": 1.0}
     for axes in panels:
         for drawn in axes.get_lines():
-            sps, peaks = list(drawn.get_xdata()), list(drawn.get_ydata())
-            axes.plot(sps, [peaks[0] * sps[0] / sp for sp in sps], color=drawn.get_color(), label="_ideal", **dots)
+            sps, peaks = (np.asarray(values, dtype=float) for values in drawn.get_data())
+            axes.plot(sps, peaks[0] * sps[0] / sps, color=drawn.get_color(), label="_ideal", **dots)
         handles, names = axes.get_legend_handles_labels()
         axes.legend([*handles, Line2D([], [], color=FAINT, **dots)], [*names, "ideal: 1/sp"], loc="best")
     return canvas
@@ -106,7 +108,10 @@ def loss(runs: list[Run]) -> Figure | None:
         names = labels(group)
         upper = canvas.add_subplot(grid[0, column])
         for index, (label, run) in enumerate(zip(names, group, strict=True)):
-            style = series(index) | {"marker": "", "linewidth": max(6.0 - 1.1 * index, 1.2)}
+            style = series(index) | {
+                "marker": "",
+                "linewidth": max(min(6.0, 1.8 + 1.1 * (len(group) - 1)) - 1.1 * index, 1.2),
+            }
             upper.plot(list(run.losses), list(run.losses.values()), label=label, **style)
         upper.set_ylabel("training loss (nats per token)" if column == 0 else "")
         if len(groups) == 1:
@@ -115,7 +120,7 @@ def loss(runs: list[Run]) -> Figure | None:
             upper.legend(
                 loc="best", handles=upper.get_lines()[:8], title="" if len(group) <= 8 else f"8 of {len(group)}"
             )
-        upper.xaxis.get_major_locator().set_params(integer=True)
+        upper.xaxis.set_major_locator(MaxNLocator(integer=True))
         if len(groups) > 1:
             shared_traits = differing([members[0] for members in groups])
             upper.set_title(
@@ -188,15 +193,18 @@ def reload(runs: list[Run]) -> Figure | None:
     axes = canvas.add_subplot()
     for (source, target), found in cells.items():
         x, y = targets.index(target), sources.index(source)
-        grade = max(_grade(cell) for cell in found)
+        grade = _grade_of_pair(found)
         colour, hatch, _ = _GRADES[grade]
         axes.add_patch(
             Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor=colour, hatch=hatch, edgecolor="white", linewidth=2)
         )
         if wide < 0.9:
             continue
-        routes = list(dict.fromkeys(str(cell.get("route")) for cell in found))
-        text = "\n".join([*routes[:2], of_seconds(max(cell.get("seconds") or 0 for cell in found))])
+        slowest: dict[str, float] = {}
+        for cell in found:
+            route = str(cell.get("route"))
+            slowest[route] = max(cell.get("seconds") or 0, slowest.get(route, 0))
+        text = "\n".join(f"{route} {of_seconds(seconds)}" for route, seconds in slowest.items())
         axes.text(x, y, text, ha="center", va="center", fontsize=7, color="white" if grade == 0 else INK,
                   bbox={"facecolor": colour, "edgecolor": "none", "pad": 1.5})  # fmt: skip
     axes.set_xlim(-0.5, len(targets) - 0.5)
@@ -210,7 +218,7 @@ def reload(runs: list[Run]) -> Figure | None:
     axes.tick_params(length=0)
     for spine in axes.spines.values():
         spine.set_visible(False)
-    seen = sorted({_grade(cell) for found in cells.values() for cell in found})
+    seen = sorted({_grade_of_pair(found) for found in cells.values()})
     handles = [
         Patch(facecolor=_GRADES[g][0], hatch=_GRADES[g][1], edgecolor="white", label=_GRADES[g][2]) for g in seen
     ]
@@ -370,7 +378,7 @@ def _difference_axis(axes: Axes, which: str, allowed: float) -> None:
 
 _GRADES = (
     (COLOURS[0], "", "weights and optimizer bit-exact"),
-    ("#9ecbe8", "", "weights bit-exact, optimizer not part of the route"),
+    ("#9ecbe8", "", "weights bit-exact, no route restores the optimizer"),
     ("#f3c98b", "\\\\", "loads, not bit-exact"),
     ("#e8a07a", "///", "failed"),
 )
@@ -383,6 +391,12 @@ def _grade(cell: dict) -> int:
     if cell.get("status") != "ok":
         return 3
     return 0 if cell.get("optimizer_bit_exact") else 1
+
+
+def _grade_of_pair(cells: list[dict]) -> int:
+    """The worst that went wrong; where nothing did, the route that brings back most."""
+    grades = [_grade(cell) for cell in cells]
+    return max(grades) if max(grades) > 1 else min(grades)
 
 
 def _layout_order(name: str) -> tuple:
@@ -422,7 +436,7 @@ _PICTURES: tuple[tuple[str, str, str, Callable[[list[Run]], Figure | None]], ...
     (
         "reload",
         "Reload across layouts",
-        "The worst result of a pair gives its colour; the time is that of its slowest route. Grey: not tried.",
+        "Each pair with its routes and their times. A route that fails gives the pair its colour. Grey: not tried.",
         reload,
     ),
     ("step_split", "Step time", "Where the time of an optimizer step goes.", step_split),

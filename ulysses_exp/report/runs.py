@@ -173,8 +173,8 @@ def _read(folder: Path) -> Run:
             except ValueError:  # the line that was being written
                 continue
     composed = folder / ".hydra" / "config.yaml"
-    config = OmegaConf.to_container(OmegaConf.load(composed), resolve=False) if composed.exists() else {}
-    return Run(folder, results, metrics, config if isinstance(config, dict) else {})
+    config: Any = OmegaConf.to_container(OmegaConf.load(composed), resolve=False) if composed.exists() else {}
+    return Run(folder, results, metrics, {str(key): value for key, value in config.items()})
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 HATCHES = ("", "///", "\\\\\\", "xxx", "---", "|||", "+++")
 INK, FAINT, GRID = "#222222", "#767676", "#d8d8d8"
 
-RC: dict[str, Any] = {
+RC: Any = {  # matplotlib's stubs want its keys as literals
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans", "Verdana", "Arial", "sans-serif"],  # all but the first: browsers without it
     "svg.fonttype": "none",  # text that can be searched, at a third of the size

@@ -84,10 +84,8 @@ def table(runs: list[Run], narrow: bool = False) -> Table:
     for run, layout, mark in zip(runs, layouts, told_apart, strict=True):
         name = layout if told_apart.count(mark) == 1 else f"{layout} ({run.folder.name})"
         row: list[tuple[Any, str]] = [(name, name)]
-        for trait in names:
-            row.append(
-                (run.seq_len, f"{run.seq_len or 0:,}") if trait == "seq_len" else (mark[names.index(trait) + 1],) * 2
-            )
+        for trait, text in zip(names, mark[1:], strict=True):
+            row.append((run.seq_len, f"{run.seq_len or 0:,}") if trait == "seq_len" else (text, text or "-"))
         for column in columns:
             value = column.value(run)
             row.append((value, "-" if value is None else column.text(value)))
