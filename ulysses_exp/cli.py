@@ -1,4 +1,7 @@
-"""The command: compose, validate, launch, summarise. Exit codes 0 ok, 1 failed, 2 wrong configuration, 130 interrupted."""
+"""The command: compose, validate, launch, summarise.
+
+Exit codes: 0 ok, 1 failed, 2 wrong configuration, 130 interrupted.
+"""
 
 from __future__ import annotations
 

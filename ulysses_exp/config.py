@@ -157,9 +157,9 @@ class TrackerConfig:
 class LaunchConfig:
     name: str = MISSING
     timeout_s: int = 600  # a collective that waits longer fails: one rank has stalled
-    partition: str | None = None  # slurm
+    cluster: str = "slurm"  # submitit's: slurm, or local to try a submission on this machine
+    partition: str | None = None
     account: str | None = None
-    nodes: int = 1
     gpus_per_node: int = 8
     time_min: int = 60
 
@@ -346,18 +346,19 @@ def check_layout(config: Config, layout: Layout, key: str) -> None:
         if kv % layout.sp and layout.sp % kv:
             good = [n for n in range(1, query + 1) if query % n == 0 and (kv % n == 0 or n % kv == 0)]
             raise ConfigError(key, f"{kv} KV heads and sp {layout.sp}: neither divides the other", f"set one of {good}")
-    length = config.train.seq_len
+    length, batch, micro = config.train.seq_len, config.train.global_batch_size, config.train.micro_batch_size
     if length % layout.sp:
+        shorter, longer = (length // layout.sp * layout.sp or layout.sp), (length // layout.sp + 1) * layout.sp
         raise ConfigError(
             "train.seq_len" if key == "sp.size" else key,
             f"{length} tokens do not divide over sp {layout.sp}",
-            f"set train.seq_len={length // layout.sp * layout.sp or layout.sp} or {(length // layout.sp + 1) * layout.sp}",
+            f"set train.seq_len={shorter} or {longer}",
         )
-    share = layout.dp * config.train.micro_batch_size
-    if config.train.global_batch_size % share:
+    share = layout.dp * micro
+    if batch % share:
         raise ConfigError(
             "train.global_batch_size" if key == "sp.size" else key,
-            f"{config.train.global_batch_size} sequences do not divide over dp {layout.dp} x micro batch {config.train.micro_batch_size}",
+            f"{batch} sequences do not divide over dp {layout.dp} x micro batch {micro}",
             f"set train.global_batch_size to a multiple of {share}",
         )
     if config.launch.name == "local" and device_of(config) == "cuda" and layout.world > accelerators():
@@ -370,6 +371,34 @@ def check_layout(config: Config, layout: Layout, key: str) -> None:
         raise ConfigError(
             key, f"{layout.world} ranks on one machine", "set sp.size x dp.size to at most 64, or launch=attached"
         )
+
+
+#: Smallest value of each number
+_LEAST = {
+    "train.seq_len": 2,
+    "train.steps": 1,
+    "train.global_batch_size": 1,
+    "train.micro_batch_size": 1,
+    "train.unmeasured_steps": 0,
+    "train.log_every": 1,
+    "eval.sequences": 1,
+    "optim.lr": 0,
+    "optim.grad_clip": 0,
+    "optim.warmup_steps": 0,
+    "optim.weight_decay": 0,
+    "optim.momentum": 0,
+    "reload.steps": 0,
+    "parity.steps": 1,
+    "checkpoint.every": 0,
+    "checkpoint.keep": 1,
+    "launch.timeout_s": 1,
+    "launch.gpus_per_node": 1,
+    "launch.time_min": 1,
+    "memory.tiled_mlp": 0,
+    "memory.tiled_loss": 0,
+    "data.mean_document": 2,
+    "seed": 0,
+}
 
 
 def check(config: Config) -> None:
@@ -392,21 +421,14 @@ def check(config: Config) -> None:
     _choice("device", c.device, ("auto", "cpu", "cuda"))
     _choice("train.precision", c.train.precision, ("fp32", "bf16"))
     _choice("tracker.mode", c.tracker.mode, ("offline", "online", "disabled"))
+    _choice("launch.cluster", c.launch.cluster, ("slurm", "local"))
     _choice("sweep.rerun", c.sweep.rerun, ("changed", "failed", "all"))
     _choice("data.padding", c.data.padding, ("none", "left", "right"))
     _choice("memory.checkpointing", c.memory.checkpointing, ("none", "non_reentrant", "reentrant"))
     _choice("optim.schedule", c.optim.schedule, ("constant", "linear", "cosine"))
-    for key, value, least in (
-        ("train.seq_len", c.train.seq_len, 2), ("train.steps", c.train.steps, 1),
-        ("train.global_batch_size", c.train.global_batch_size, 1), ("train.micro_batch_size", c.train.micro_batch_size, 1),
-        ("train.unmeasured_steps", c.train.unmeasured_steps, 0), ("train.log_every", c.train.log_every, 1),
-        ("eval.sequences", c.eval.sequences, 1), ("optim.lr", c.optim.lr, 0), ("optim.grad_clip", c.optim.grad_clip, 0),
-        ("optim.warmup_steps", c.optim.warmup_steps, 0), ("optim.weight_decay", c.optim.weight_decay, 0),
-        ("optim.momentum", c.optim.momentum, 0), ("reload.steps", c.reload.steps, 0), ("parity.steps", c.parity.steps, 1),
-        ("checkpoint.every", c.checkpoint.every, 0), ("checkpoint.keep", c.checkpoint.keep, 1), ("seed", c.seed, 0),
-        ("launch.timeout_s", c.launch.timeout_s, 1), ("memory.tiled_mlp", c.memory.tiled_mlp, 0),
-        ("memory.tiled_loss", c.memory.tiled_loss, 0), ("data.mean_document", c.data.mean_document, 2),
-    ):  # fmt: skip
+    for key, least in _LEAST.items():
+        group, _, name = key.rpartition(".")
+        value = getattr(getattr(c, group) if group else c, name)
         _at_least(key, value, least)
     if c.optim.name == "adamw" and c.optim.momentum:
         raise ConfigError("optim.momentum", "AdamW has betas instead", "set optim.beta1, or optim=sgd")
@@ -422,13 +444,14 @@ def check(config: Config) -> None:
         raise ConfigError(
             "sp.attention", "eager needs an O(n^2) mask, which Ulysses cannot shard", "set sp.attention=sdpa"
         )
-    if device_of(c) == "cpu" and "flash" in c.sp.attention:
+    here = c.launch.name == "local"  # else the ranks run on machines that this one knows nothing of
+    if here and device_of(c) == "cpu" and "flash" in c.sp.attention:
         raise ConfigError("sp.attention", f"{c.sp.attention} needs a GPU", "set sp.attention=sdpa")
-    if device_of(c) == "cpu" and c.sp.attention == "flex_attention" and {"train", "parity"} & set(c.stages):
+    if here and device_of(c) == "cpu" and c.sp.attention == "flex_attention" and {"train", "parity"} & set(c.stages):
         raise ConfigError(
             "sp.attention", "flex_attention has no backward on CPU", "set sp.attention=sdpa, or stages=[eval]"
         )
-    if c.device == "cuda" and c.launch.name == "local" and not accelerators():
+    if here and c.device == "cuda" and not accelerators():
         raise ConfigError("device", "no GPU is present", "set device=cpu or device=auto")
     if c.model.name == "hub" and not c.model.name_or_path:
         raise ConfigError("model.name_or_path", "model=hub names no model", "set a local folder or a hub name")
@@ -436,6 +459,8 @@ def check(config: Config) -> None:
         raise ConfigError("data.dataset", "data=hub names no dataset", "set a local folder or a hub name")
     if c.model.name_or_path is None and "model_type" not in c.model.architecture:
         raise ConfigError("model.architecture", "has no model_type", "set model.architecture.model_type, or model=hub")
+    if c.launch.name == "slurm" and importlib.util.find_spec("submitit") is None:
+        raise ConfigError("launch", "launch=slurm needs submitit", "pip install 'ulysses-exp[slurm]', or launch=local")
     if c.data.name == "hub" and importlib.util.find_spec("datasets") is None:
         raise ConfigError(
             "data", "data=hub needs the package datasets", "pip install 'ulysses-exp[hub]', or set data=text"

@@ -118,6 +118,10 @@ class Job:
         except StageFailure as error:
             log.error("stage %s failed: %s", stage, error)
             self.results["stages"][stage] = {"status": "failed", "reason": str(error)}
+        except Exception as error:
+            log.exception("stage %s failed", stage)
+            reason = f"{type(error).__name__}: {error} (a defect of ulysses-exp; the trace is in run.log)"
+            self.results["stages"][stage] = {"status": "failed", "reason": reason}
         self.results["stages"][stage].setdefault("seconds", round(time.perf_counter() - began, 3))
 
     def _train(self, note: Callable[[str], None]) -> None:

@@ -59,7 +59,7 @@ _SECRET = re.compile(r"token$|secret|password|api_?key|credential", re.IGNORECAS
 
 
 class Tracker:
-    """The W&B run of one job. Use as a context manager; leaving it without `finish` marks the run as failed.
+    """The W&B run of one job: `log` its metrics, then `finish` it. An exception that leaves its context marks it failed.
 
     No method raises, blocks on the network or prints: what goes wrong is said once through `on_warning`, from the
     tracker's own thread or from `finish`.
@@ -114,7 +114,8 @@ class Tracker:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.finish({}, failed=True)
+        if kind is not None:
+            self.finish({}, failed=True)
 
     def log(self, metrics: dict[str, float], step: int) -> None:
         """Logs `metrics` (names of CONTRACT section 4) at optimizer step `step`. Returns at once."""
@@ -205,6 +206,8 @@ class Tracker:
                 disable_code=True,
                 disable_git=True,
                 save_code=False,
+                host="",  # neither the machine's name nor paths on it
+                program="ulysses-exp",
                 x_disable_meta=True,
                 x_disable_machine_info=True,
                 x_disable_stats=True,

@@ -27,6 +27,10 @@ def open_ranks(config: Config) -> Ranks:
         from ulysses_exp.launch.attached import AttachedRanks
 
         return AttachedRanks()
+    if config.launch.name == "slurm":
+        from ulysses_exp.launch.slurm import SlurmRanks
+
+        return SlurmRanks(config.launch)
     from ulysses_exp.launch.local import LocalRanks
 
     return LocalRanks()

@@ -33,7 +33,7 @@ def record(folder: Path, rank: int, error: BaseException) -> None:
 
 
 def first_failure(folder: Path, exitcodes: dict[int, int | None]) -> RankFailure:
-    """The failure that the others followed from: a rank that was killed, else the earliest error written to `folder`."""
+    """The failure that the others followed from: a killed rank, else the earliest error that `folder` holds."""
     for rank, code in exitcodes.items():
         if code is not None and code < 0:
             name = signal.Signals(-code).name
