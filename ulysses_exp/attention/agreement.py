@@ -41,8 +41,8 @@ def agree(
     if len(set(lengths)) > 1 or len(set(batches)) > 1:
         what, values = ("tokens", lengths) if len(set(lengths)) > 1 else ("rows", batches)
         raise ValueError(
-            f"the ranks of a sequence-parallel group hold {', '.join(map(str, values))} {what}; give every rank as many: "
-            f"make train.seq_len a multiple of sp.size={sp}, and pad"
+            f"ranks of a sequence-parallel group hold {', '.join(map(str, values))} {what}; give every rank as many, "
+            f"train.seq_len a multiple of sp.size={sp}"
         )
     check_batch(batches[0], micro_batch_size)
     if not all(positions_fit) or not all(mask_fits):

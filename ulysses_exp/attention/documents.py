@@ -106,7 +106,7 @@ def _values(tensor: torch.Tensor) -> np.ndarray | None:
     """The numbers of a tensor; None where it has none (a fake tensor, as used in planning)."""
     if isinstance(tensor, torch._subclasses.FakeTensor) or tensor.device.type == "meta":
         return None
-    return tensor.detach().cpu().numpy()
+    return tensor.numpy() if tensor.device.type == "cpu" else tensor.cpu().numpy()
 
 
 def _refuse_holes(b: int, row: Row, positions: np.ndarray) -> None:

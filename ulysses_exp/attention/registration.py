@@ -143,7 +143,7 @@ def _check_model(model: PreTrainedModel, attention: str) -> None:
 def _fused(base: UlyssesSPAttentionHF) -> FusedUlyssesAttention:
     fused = FusedUlyssesAttention(
         attn=base.attn,
-        batch_size=base.batch_size,
+        batch_size=base.required_query_shape[1],
         attn_head_count=base.attn_head_count,
         attn_head_size=base.attn_head_size,
         kv_head_count=base.global_kv_head_count,
@@ -370,6 +370,10 @@ class _Patched:
                     f"begin() told of {whole.batch} x {whole.seq_len} tokens, this rank got {shape[0]} x {shape[1]}; "
                     f"expected {whole.batch} x {whole.seq_len // self.handle.sp} at sp.size={self.handle.sp}"
                 )
+            if mask is not None and not whole.padded and not bool(torch.all(mask != 0)):
+                raise ValueError(
+                    "begin() was told of no padding, the forward was; give begin() the whole attention_mask"
+                )
             check_batch(shape[0], self.micro_batch_size)
         elif isinstance(tokens, torch._subclasses.FakeTensor):
             whole = Documents(shape[0], shape[1] * self.handle.sp)  # planning: shapes without values
@@ -391,7 +395,7 @@ class _Patched:
         calls = self.handle.attention_calls - self.calls_before
         if active and output is not None and calls < self.layers:
             raise RuntimeError(
-                f"{type(model).__name__} has {self.layers} layers and called the patched attention {calls} times, so its "
+                f"{type(model).__name__} has {self.layers} layers and called the patched attention {calls} times: its "
                 "slices do not see each other; set sp.size=1, or a model whose every layer uses ALL_ATTENTION_FUNCTIONS"
             )
 

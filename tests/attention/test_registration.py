@@ -1,0 +1,82 @@
+"""A registration leaves nothing behind, so that one process can run several layouts."""
+
+from __future__ import annotations
+
+import deepspeed
+import deepspeed.runtime.sequence_parallel.parallel_state_sp as parallel_state
+import masked_batches as tiny
+import pytest
+import torch
+from rank_pool import RankPool
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from ulysses_exp.attention import ulysses
+
+
+def _state(model: torch.nn.Module) -> list[object]:
+    return [
+        ALL_ATTENTION_FUNCTIONS["sdpa"], ALL_MASK_ATTENTION_FUNCTIONS["sdpa"], dict(ALL_ATTENTION_FUNCTIONS._local_mapping),
+        deepspeed.utils.groups.mpu, parallel_state._SEQUENCE_PARALLEL_GROUP, parallel_state._SEQUENCE_DATA_PARALLEL_GROUP,
+        dict(deepspeed.sequence.layer._all_to_all_groups), len(model._forward_pre_hooks), len(model._forward_hooks),
+        "generate" in model.__dict__, [m.num_key_value_groups for m in model.modules() if hasattr(m, "num_key_value_groups")],
+        torch.distributed.distributed_c10d._world.pg_map.keys() - {torch.distributed.group.WORLD},
+    ]  # fmt: skip
+
+
+def _everything_is_restored(rank: int, exchange: str) -> None:
+    data, model = tiny.batch("packed"), tiny.model("mqa")
+    before = _state(model)
+    for sp in (4, 2, 1, 4):
+        with ulysses(model, sp=sp, exchange=exchange, micro_batch_size=2) as handle:
+            assert (handle.mpu is None) == (sp == 1)
+            assert (_state(model) == before) == (sp == 1)
+            engine, *_ = deepspeed.initialize(
+                model=model, mpu=handle.mpu, config={"train_micro_batch_size_per_gpu": 2},
+                optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+            )  # fmt: skip
+            part = data.part(sp, rank)
+            handle.begin(data.position_ids)
+            tiny.loss(tiny.forward(engine, data, part), data, part).backward()
+            assert handle.attention_calls == (2 if sp > 1 else 0)
+            engine.destroy()
+        if sp > 1:  # sp 1 changes nothing: there the engine itself sets groups.mpu
+            assert _state(model) == before
+
+
+@pytest.mark.parametrize("exchange", ["deepspeed", "fused"])
+def test_everything_is_restored(ranks: RankPool, exchange: str) -> None:
+    ranks.run(_everything_is_restored, exchange)
+
+
+def _after_an_error(rank: int) -> None:
+    data, model = tiny.batch("packed"), tiny.model("mqa")
+    before = _state(model)
+    part = data.part(4, rank)
+    for where in ("registration", "context", "forward"):
+        with pytest.raises((ZeroDivisionError, ValueError)):  # noqa: SIM117
+            with ulysses(model, sp=3 if where == "registration" else 4, exchange="fused", micro_batch_size=2) as handle:
+                tiny.loss(tiny.forward(model, data, part), data, part).backward()
+                if where == "forward":
+                    handle.begin(data.position_ids[:, :8])
+                    tiny.forward(model, data, part)
+                raise ZeroDivisionError
+        assert _state(model) == before
+    model.eval()
+    tiny.forward(model, tiny.batch("left"))  # fails where KV groups are left for sp 4
+
+
+def test_also_after_an_error(ranks: RankPool) -> None:
+    ranks.run(_after_an_error)
+
+
+def _another_model_is_left_alone(rank: int) -> None:
+    data, model, teacher = tiny.batch("packed"), tiny.model("gqa"), tiny.model("window")
+    expected = tiny.forward(teacher, data)
+    with ulysses(model, sp=4, exchange="fused", micro_batch_size=2) as handle:
+        assert torch.equal(tiny.forward(teacher, data), expected)
+        assert handle.attention_calls == 0
+
+
+def test_another_model_is_left_alone(ranks: RankPool) -> None:
+    ranks.run(_another_model_is_left_alone)

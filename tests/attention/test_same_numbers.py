@@ -1,0 +1,100 @@
+"""Logits and gradients under sequence parallelism are those of the unpatched model on whole sequences."""
+
+from __future__ import annotations
+
+import masked_batches as tiny
+import pytest
+import torch
+import torch.distributed as dist
+from rank_pool import RankPool
+
+from ulysses_exp.attention import ulysses
+
+LOGITS, GRADIENTS = 1e-5, 1e-5  # absolute (logits are of order 5), and relative by norm
+
+
+def _gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def _layouts(rank: int, family: str, kind: str) -> dict[str, float]:
+    """The largest differences over sp 2 and 4, both exchanges, with and without begin()."""
+    data = tiny.batch(kind)
+    reference = tiny.model(family)
+    expected = tiny.forward(reference, data)
+    tiny.loss(expected, data).backward()
+    whole = _gradients(reference)
+    worst = {"logits": 0.0, "gradients": 0.0, "fused_is_deepspeed": 1.0}
+    for sp in (2, 4):
+        part, seen = data.part(sp, rank), []
+        for exchange in ("deepspeed", "fused"):
+            model = tiny.model(family)
+            with ulysses(model, sp=sp, exchange=exchange, micro_batch_size=tiny.BATCH) as handle:
+                group = handle.mpu.get_sequence_parallel_group()
+                for announced in (True, False):
+                    model.zero_grad()
+                    if announced:
+                        handle.begin(data.position_ids, data.mask)
+                    logits = tiny.forward(model, data, part, mask=not announced)
+                    tiny.loss(logits, data, part).backward()
+                    worst["logits"] = max(worst["logits"], tiny.largest(logits - expected[:, part], data, part))
+                    for name, gradient in _gradients(model).items():
+                        dist.all_reduce(gradient, group=group)
+                        error = float((gradient - whole[name]).norm() / whole[name].norm())
+                        worst["gradients"] = max(worst["gradients"], error)
+            seen.append([logits, *_gradients(model).values()])
+        if not all(torch.equal(a, b) for a, b in zip(*seen, strict=True)):
+            worst["fused_is_deepspeed"] = 0.0
+    return worst
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_every_layout_gives_the_unpatched_numbers(ranks: RankPool, family: str) -> None:
+    for kind in tiny.BATCHES if family in ("gqa", "gemma3") else ("packed", "left"):
+        for found in ranks.run(_layouts, family, kind):
+            assert found["logits"] <= LOGITS, (kind, found)
+            assert found["gradients"] <= GRADIENTS, (kind, found)
+            assert found["fused_is_deepspeed"] == 1.0, f"{kind}: the exchanges differ in a bit"
+
+
+def _checkpointed(rank: int, reentrant: bool, exchange: str) -> float:
+    """Two forwards before the first backward: each is recomputed with its own documents."""
+    batches = [tiny.batch("packed"), tiny.batch("left")]
+    reference = tiny.model("gemma3")
+    sum(tiny.loss(tiny.forward(reference, data), data) for data in batches).backward()
+    model = tiny.model("gemma3")
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    if reentrant:
+        model.enable_input_require_grads()
+    with ulysses(model, sp=2, exchange=exchange, micro_batch_size=tiny.BATCH) as handle:
+        losses = []
+        for data in batches:
+            handle.begin(data.position_ids, data.mask)
+            part = data.part(2, rank)
+            losses.append(tiny.loss(tiny.forward(model, data, part, mask=False), data, part))
+        sum(losses).backward()
+        group = handle.mpu.get_sequence_parallel_group()
+        for gradient in _gradients(model).values():
+            dist.all_reduce(gradient, group=group)
+    whole = _gradients(reference)
+    return max(float((g - whole[n]).norm() / whole[n].norm()) for n, g in _gradients(model).items())
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("exchange", ["deepspeed", "fused"])
+def test_activation_checkpointing_recomputes_the_same(ranks: RankPool, reentrant: bool, exchange: str) -> None:
+    assert max(ranks.run(_checkpointed, reentrant, exchange)) <= GRADIENTS
+
+
+def _sp_eval(rank: int) -> float:
+    data, model = tiny.batch("packed"), tiny.model("gemma3").eval()
+    part = data.part(4, rank)
+    with torch.no_grad(), ulysses(model, sp=4, exchange="fused", micro_batch_size=2, disable_in_eval=False) as handle:
+        sharded = tiny.forward(model, data, part)
+        handle.disable_in_eval = True  # both ways in one process
+        bypassed = tiny.forward(model, data)
+    return tiny.largest(sharded - bypassed[:, part], data, part)
+
+
+def test_eval_under_sequence_parallelism_agrees_with_the_bypass(ranks: RankPool) -> None:
+    assert max(ranks.run(_sp_eval)) <= LOGITS
