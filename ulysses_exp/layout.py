@@ -10,7 +10,7 @@ _NAME = re.compile(r"sp(\d+)-dp(\d+)-z([0-3])")
 
 @dataclass(frozen=True, order=True)
 class Layout:
-    """`sp` ranks share a sequence, `dp` such groups hold different sequences, ZeRO `zero` shards states over all of them.
+    """`sp` ranks share a sequence, `dp` such groups hold different ones, ZeRO `zero` shards states over all ranks.
 
     Ranks of a sequence-parallel group are contiguous, as in `deepspeed.runtime.sequence_parallel.parallel_state_sp`.
     """

@@ -10,9 +10,6 @@ from ulysses_exp.launch.orphans import OWNER, die_with_parent
 if OWNER in os.environ:
     die_with_parent(int(os.environ[OWNER]))  # the forkserver with its job, also while it still imports
 
-# DeepSpeed's shared-memory all-reduce leaves 69 MB a rank in /dev/shm where LOCAL_SIZE is set (docs/findings.md)
-os.environ.pop("LOCAL_SIZE", None)
-
 import deepspeed
 import deepspeed.runtime.sequence_parallel.parallel_state_sp
 import deepspeed.runtime.sequence_parallel.ulysses_sp

@@ -6,13 +6,14 @@ import contextlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
 
+from ulysses_exp import checkpoints, models, training
 from ulysses_exp import memory as memory_savers
-from ulysses_exp import models, training
 from ulysses_exp.attention import Ulysses, ulysses
 from ulysses_exp.config import Config, device_of
 from ulysses_exp.data import Batches, Corpus, load_corpus
@@ -55,6 +56,15 @@ class Session:
         if self.rank == 0:
             with (self.task.folder / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps({"step": step, **metrics}) + "\n")
+
+    def resume(self) -> None:
+        """Loads the checkpoint that the task starts from, unless it names none or something is loaded or trained."""
+        source = self.task.options.get("checkpoint")
+        if source is None or self.step:
+            return
+        trust = self.task.options.get("trust_pickle", self.config.checkpoint.trust_pickle)
+        loaded = checkpoints.load(self.engine, Path(source), layout=self.layout, trust_pickle=trust)
+        self.step = loaded.step
 
     def describe(self) -> dict[str, Any]:
         """What results.json says of model and machine."""

@@ -67,7 +67,7 @@ def _packed(
 
 
 def _pad(ids: np.ndarray, labels: np.ndarray, positions: np.ndarray, real: int, side: str) -> Sequence:
-    """Keeps the first `real` tokens and pads on one side; positions count real tokens, as transformers' generate does."""
+    """Keeps the first `real` tokens and pads on one side; positions count real tokens, as in transformers' generate."""
     length = len(ids)
     place = slice(0, real) if side == "right" else slice(length - real, length)
     padded_ids, padded_positions = np.zeros(length, np.int64), np.zeros(length, np.int64)

@@ -11,6 +11,7 @@ import pickle
 import sys
 from datetime import timedelta
 
+from ulysses_exp.launch.environment import prepare
 from ulysses_exp.launch.failure import RankFailure, first_failure
 from ulysses_exp.launch.orphans import OWNER
 from ulysses_exp.launch.task import Task
@@ -32,10 +33,10 @@ def _environment() -> tuple[int, int]:
 def _store(rank: int, world: int):
     from torch.distributed import rendezvous
 
+    prepare("auto")
     os.environ.pop(OWNER, None)  # these ranks belong to their launcher
     import ulysses_exp.preload  # noqa: F401  what ranks need, and the environment that it wants
 
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
     store, _, _ = next(rendezvous("env://", rank, world, timeout=_IDLE))
     return store
 

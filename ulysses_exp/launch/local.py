@@ -14,6 +14,7 @@ import signal
 from pathlib import Path
 
 from ulysses_exp.config import device_of
+from ulysses_exp.launch.environment import prepare
 from ulysses_exp.launch.failure import RankFailure, first_failure
 from ulysses_exp.launch.orphans import OWNER
 from ulysses_exp.launch.task import Task
@@ -82,17 +83,9 @@ def _environment(rank: int, world: int) -> dict[str, str]:
 
 def warm_up(device: str) -> None:
     """Starts the forkserver that imports what ranks need, while this process goes on. Does nothing the second time."""
-    os.environ.pop("LOCAL_SIZE", None)  # see preload.py
+    prepare(device)
     os.environ[OWNER] = str(os.getpid())
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    if device == "cpu":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    here = str(Path(__file__).resolve().parents[2])  # Python 3.11's forkserver ignores its parent's sys.path
-    if here not in (paths := os.environ.get("PYTHONPATH", "").split(os.pathsep)):
-        os.environ["PYTHONPATH"] = os.pathsep.join([here, *filter(None, paths)])
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # nothing listens beyond this machine
     multiprocessing.set_forkserver_preload(["ulysses_exp.preload"])
     multiprocessing.forkserver.ensure_running()
 

@@ -9,6 +9,7 @@ import math
 import os
 
 from ulysses_exp.config import LaunchConfig
+from ulysses_exp.launch.environment import prepare
 from ulysses_exp.launch.failure import first_failure
 from ulysses_exp.launch.task import Task
 
@@ -26,6 +27,7 @@ class SlurmRanks:
         import submitit
 
         task.results.mkdir(parents=True, exist_ok=True)
+        prepare(task.config.device)
         world, launch = task.layout.world, self.launch
         per_node = min(world, launch.gpus_per_node)
         nodes = math.ceil(world / per_node)
@@ -60,7 +62,6 @@ def _rank(task: Task, nodes: int) -> None:
         RANK=str(here.global_rank), LOCAL_RANK=str(here.local_rank), WORLD_SIZE=str(here.num_tasks),
         LOCAL_WORLD_SIZE=str(here.num_tasks // nodes),
     )  # fmt: skip
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
     from torch.distributed import FileStore, TCPStore
 
     import ulysses_exp.preload  # noqa: F401

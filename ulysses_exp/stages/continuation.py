@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-from ulysses_exp import checkpoints
 from ulysses_exp.session import Session
 from ulysses_exp.training import optimizer_step
 
 
 def continuation(session: Session) -> dict[str, Any]:
-    """`reload.steps` more optimizer steps of the engine as it stands; `checkpoint` is loaded first in a task of its own."""
-    if source := session.task.options.get("checkpoint"):
-        if not session.step:
-            session.step = checkpoints.load(
-                session.engine, Path(source), layout=session.layout, trust_pickle=session.config.checkpoint.trust_pickle
-            ).step
+    """`reload.steps` more optimizer steps of the engine as it stands, or, in a task of its own, from its checkpoint."""
+    session.resume()
     return {"loss": follow(session), "first_step": session.step}
 
 

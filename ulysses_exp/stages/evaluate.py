@@ -11,18 +11,13 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from ulysses_exp import checkpoints
 from ulysses_exp.data import MicroBatch
 from ulysses_exp.session import Session
 
 
 def evaluate(session: Session) -> dict[str, Any]:
     """Runs `eval.mode` over the first `eval.sequences` held-out sequences. Collective."""
-    if source := session.task.options.get("checkpoint"):
-        if not session.step:
-            session.step = checkpoints.load(
-                session.engine, Path(source), layout=session.layout, trust_pickle=session.config.checkpoint.trust_pickle
-            ).step
+    session.resume()
     mode, why = choose_mode(session)
     result: dict[str, Any] = {"status": "ok", "mode": mode, "sequences": session.config.eval.sequences}
     if why:

@@ -18,11 +18,7 @@ from ulysses_exp.training import Step, optimizer_step
 def train(session: Session) -> dict[str, Any]:
     """Trains to optimizer step `train.steps`, from the checkpoint `checkpoint.source` where there is one."""
     config = session.config
-    if source := session.task.options.get("checkpoint"):
-        loaded = checkpoints.load(
-            session.engine, Path(source), layout=session.layout, trust_pickle=config.checkpoint.trust_pickle
-        )
-        session.step = loaded.step
+    session.resume()
     first = session.step
     session.engine.train()
     memory.reset_peak(session.device)

@@ -1,0 +1,24 @@
+"""The environment that ranks inherit, whoever starts them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def prepare(device: str) -> None:
+    """Sets, in this process, what its ranks are to inherit; the user's own settings stay.
+
+    Args:
+        device: `cpu`, `cuda`, or `auto` where the ranks run on other machines.
+    """
+    # DeepSpeed's shared-memory all-reduce leaves 69 MB a rank in /dev/shm where LOCAL_SIZE is set (docs/findings.md)
+    os.environ.pop("LOCAL_SIZE", None)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # ranks share the cores
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    if device == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    here = str(Path(__file__).resolve().parents[2])  # a checkout need not be installed
+    if here not in (paths := os.environ.get("PYTHONPATH", "").split(os.pathsep)):
+        os.environ["PYTHONPATH"] = os.pathsep.join([here, *filter(None, paths)])
