@@ -59,7 +59,7 @@ _SECRET = re.compile(r"token$|secret|password|api_?key|credential", re.IGNORECAS
 
 
 class Tracker:
-    """The W&B run of one job: `log` its metrics, then `finish` it. An exception that leaves its context marks it failed.
+    """The W&B run of one job: `log` its metrics, then `finish` it; an exception in its context finishes it as failed.
 
     No method raises, blocks on the network or prints: what goes wrong is said once through `on_warning`, from the
     tracker's own thread or from `finish`.

@@ -6,6 +6,7 @@ Prints one JSON object: what the tracker said, and how long `log` and `finish` h
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from ulysses_exp.config import Config
@@ -44,32 +45,36 @@ def config(mode: str) -> Config:
     return made
 
 
-def main(mode: str, folder: Path, steps: int = 3, pause: float = 0.05) -> None:
-    warnings: list[str] = []
-    began = time.perf_counter()
-    tracker = Tracker(
+def tracker(mode: str, folder: Path, on_warning: Callable[[str], None] = print) -> Tracker:
+    return Tracker(
         config(mode),
         folder,
         resolved={"sp": {"size": 2}, "hub": {"api_key": "hf_secret", "token": "hf_secret"}, "tokenizer": "bytes"},
         name="tiny_llama-sp2-dp1-z3",
         group="ladder",
         tags=["train", "reload"],
-        on_warning=warnings.append,
+        on_warning=on_warning,
     )
+
+
+def main(mode: str, folder: Path, steps: int = 3, pause: float = 0.05) -> None:
+    warnings: list[str] = []
+    began = time.perf_counter()
+    run = tracker(mode, folder, warnings.append)
     for step in range(1, steps + 1):
-        tracker.log({name: step + i / 10 for i, name in enumerate(METRICS)}, step)
+        run.log({name: step + i / 10 for i, name in enumerate(METRICS)}, step)
         print(step, file=sys.stderr, flush=True)
         time.sleep(pause)
-    tracker.log(dict.fromkeys(LATER, 0.5), steps)
+    run.log(dict.fromkeys(LATER, 0.5), steps)
     logging_s = time.perf_counter() - began - steps * pause
     began = time.perf_counter()
-    tracker.finish(RESULTS, failed=False)
+    run.finish(RESULTS, failed=False)
     finishing_s = time.perf_counter() - began
     told = {
         "warnings": warnings,
         "logging_s": logging_s,
         "finishing_s": finishing_s,
-        "how_to_open": tracker.how_to_open,
+        "how_to_open": run.how_to_open,
     }
     print(json.dumps(told))
 
