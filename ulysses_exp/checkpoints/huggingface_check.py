@@ -1,8 +1,8 @@
 """Opens a checkpoint as somebody would who has transformers alone.
 
-`python -m ulysses_exp.checkpoints.huggingface_check FOLDER --out RESULT.json`: a fresh process in which deepspeed cannot
-be imported. Compares the weights that `from_pretrained` loads with the
-digests that were taken of the trained model, bit for bit, and computes the loss of a batch.
+`python -m ulysses_exp.checkpoints.huggingface_check FOLDER --out RESULT.json`: a fresh process in which deepspeed
+cannot be imported. Compares the weights that `from_pretrained` loads with the digests that were taken of the trained
+model, bit for bit, and computes the loss of a batch.
 """
 
 from __future__ import annotations
