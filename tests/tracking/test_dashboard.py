@@ -11,6 +11,7 @@ import pytest
 from processes import environment
 
 pytest.importorskip("wandb_workspaces")
+pytestmark = pytest.mark.filterwarnings("ignore:Pydantic V1 style:DeprecationWarning")
 
 sys.path.append(str(Path(__file__).parents[1] / "report"))  # made_up_results
 
