@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -81,8 +82,6 @@ class RankPool:
             AssertionError: a rank failed.
         """
         results = self.outcomes(function, *args, timeout=timeout)
-        if any("connectFullMesh failed" in r.message for r in results if isinstance(r, Failed)):
-            results = self.outcomes(function, *args, timeout=timeout)  # gloo's, when new groups meet on a busy machine
         failed = {rank: r for rank, r in enumerate(results) if isinstance(r, Failed)}
         assert not failed, f"{function.__name__}: {failed}"
         return results
@@ -93,6 +92,7 @@ def _serve(rank: int, store: str, pipe: Connection) -> None:
     import torch
 
     torch.set_num_threads(1)
+    os.environ["LOCAL_RANK"] = str(rank)  # deepspeed.initialize asks for it
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would leave files in /dev/shm
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD, timeout=timedelta(seconds=120)

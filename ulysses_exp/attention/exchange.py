@@ -165,6 +165,6 @@ class FusedUlyssesAttention(UlyssesSPAttentionHF):
             kwargs["position_ids"] = torch.cat(every, dim=1)
         query, key, value = _ToHeads.apply(query, key, value, self.process_group)
         if hasattr(module, "num_key_value_groups"):  # with fewer KV heads than ranks, a rank's groups are smaller
-            module.num_key_value_groups = query.shape[1] // key.shape[1]
+            module.num_key_value_groups = query.shape[1] // key.shape[1]  # type: ignore[assignment]
         context, weights = self.attn(module, query, key, value, attention_mask, *args, **kwargs)
         return _ToTokens.apply(context, self.process_group), weights

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,6 +23,15 @@ from ulysses_exp.attention.documents import Documents, documents
 from ulysses_exp.attention.exchange import FusedUlyssesAttention
 
 
+@dataclass(frozen=True)
+class _Announced:
+    """What `begin` was told of the next forward."""
+
+    documents: Documents
+    position_ids: Tensor  # [batch, seq_len], on the host
+    masked: bool
+
+
 class Ulysses:
     """The handle of a registration.
 
@@ -37,7 +47,7 @@ class Ulysses:
         self.sp = sp
         self.disable_in_eval = disable_in_eval
         self.attention_calls = 0
-        self._announced: tuple[Documents, Tensor] | None = None
+        self._announced: _Announced | None = None
 
     def begin(self, position_ids: Tensor, attention_mask: Tensor | None = None) -> None:
         """Tells what the ranks would otherwise gather: the whole sequences of the next forward. No collective, no
@@ -57,7 +67,7 @@ class Ulysses:
             raise ValueError(
                 f"{whole.seq_len} tokens do not divide over sp.size={self.sp}; set train.seq_len to a multiple"
             )
-        self._announced = whole, position_ids
+        self._announced = _Announced(whole, position_ids, attention_mask is not None)
 
 
 @contextmanager
@@ -103,6 +113,8 @@ def ulysses(
         mpu = UlyssesSPAttentionHF.register_with_transformers(
             model, attention, sp, micro_batch_size, disable_in_eval=disable_in_eval
         )
+        # new_group returns while other ranks still connect to this one; who leaves the context early would fail them
+        torch.distributed.barrier()
         handle = Ulysses(mpu, sp, disable_in_eval)
         exchanged = upstream.attention_module(ALL_ATTENTION_FUNCTIONS[attention])
         if exchange == "fused":
@@ -143,7 +155,7 @@ def _check_model(model: PreTrainedModel, attention: str) -> None:
 def _fused(base: UlyssesSPAttentionHF) -> FusedUlyssesAttention:
     fused = FusedUlyssesAttention(
         attn=base.attn,
-        batch_size=base.required_query_shape[1],
+        batch_size=base.batch_size,
         attn_head_count=base.attn_head_count,
         attn_head_size=base.attn_head_size,
         kv_head_count=base.global_kv_head_count,
@@ -316,7 +328,7 @@ class _Patched:
     def hooks(self) -> Iterator[None]:
         before = self.model.register_forward_pre_hook(self._before, with_kwargs=True)
         after = self.model.register_forward_hook(self._after, always_call=True)
-        generate = self.model.generate
+        generate: Callable[..., Any] = self.model.generate  # type: ignore[assignment]
 
         def guarded(*args: Any, **kwargs: Any) -> Any:
             if self.model.training or not self.handle.disable_in_eval:
@@ -346,9 +358,7 @@ class _Patched:
             raise
         return args, kwargs
 
-    def _prepare(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], announced: tuple[Documents, Tensor] | None
-    ) -> tuple[Any, Any]:
+    def _prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any], announced: _Announced | None) -> tuple[Any, Any]:
         names = [
             p.name
             for p in inspect.signature(self.model.forward).parameters.values()
@@ -364,15 +374,15 @@ class _Patched:
         positions, mask = kwargs.get("position_ids"), kwargs.get("attention_mask")
         device = tokens.device
         if announced is not None:
-            whole = announced[0]
+            whole = announced.documents
             if (whole.batch, whole.seq_len) != (shape[0], shape[1] * self.handle.sp):
                 raise ValueError(
                     f"begin() told of {whole.batch} x {whole.seq_len} tokens, this rank got {shape[0]} x {shape[1]}; "
                     f"expected {whole.batch} x {whole.seq_len // self.handle.sp} at sp.size={self.handle.sp}"
                 )
-            if mask is not None and not whole.padded and not bool(torch.all(mask != 0)):
+            if mask is not None and not announced.masked:
                 raise ValueError(
-                    "begin() was told of no padding, the forward was; give begin() the whole attention_mask"
+                    "begin() got no attention_mask, the forward did; give begin() the whole sequences' mask"
                 )
             check_batch(shape[0], self.micro_batch_size)
         elif isinstance(tokens, torch._subclasses.FakeTensor):
@@ -382,7 +392,7 @@ class _Patched:
         if positions is None:
             mine = slice(self.rank * shape[1], (self.rank + 1) * shape[1])
             if announced is not None:
-                positions = announced[1][:, mine].to(device)
+                positions = announced.position_ids[:, mine].to(device)
             else:
                 positions = torch.arange(mine.start, mine.stop, device=device).expand(shape)
         self.forward = self.latest = _Plan(whole)
@@ -405,5 +415,5 @@ def _window_of(module: torch.nn.Module) -> int | None:
     config, index = getattr(module, "config", None), getattr(module, "layer_idx", None)
     types = getattr(config, "layer_types", None)
     if types and index is not None and types[index] == "sliding_attention":
-        return config.sliding_window
+        return config.sliding_window  # type: ignore[union-attr]
     return None
