@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from ulysses_exp import checkpoints
+from ulysses_exp.config import ConfigError
 from ulysses_exp.metrics import flops, memory, throughput
 from ulysses_exp.session import Session
 from ulysses_exp.training import Step, optimizer_step
@@ -20,6 +22,8 @@ def train(session: Session) -> dict[str, Any]:
     config = session.config
     session.resume()
     first = session.step
+    if first >= config.train.steps:
+        raise ConfigError("train.steps", f"the checkpoint is at step {first} already", f"set more than {first}")
     session.engine.train()
     memory.reset_peak(session.device)
     work = flops.step_flops(
@@ -30,12 +34,13 @@ def train(session: Session) -> dict[str, Any]:
     )
     peak = flops.peak_flops(session.describe()["device"], config.train.precision)
     steps: list[Step] = []
-    saved = None
+    saved = first_finished = None
     with _profiler(session) as profiler:
         while session.step < config.train.steps:
             step = optimizer_step(session, session.step)
             session.step += 1
             steps.append(step)
+            first_finished = first_finished or time.time()
             session.log(session.step, metrics(session, step, work, peak))
             profiler.step()
             if config.checkpoint.every and session.step % config.checkpoint.every == 0:
@@ -52,6 +57,7 @@ def train(session: Session) -> dict[str, Any]:
         "status": "ok",
         "steps": len(steps),
         "first_step": first,
+        "first_step_finished": first_finished,  # Unix time
         "loss": [s.loss for s in steps],
         "grad_norm": [s.grad_norm for s in steps],
         "learning_rate": [s.learning_rate for s in steps],
