@@ -70,6 +70,7 @@ WRONG = [
     (["reload.layouts=[sp2]"], "reload.layouts"),
     (["reload.layouts=[sp3-dp1-z0]"], "reload.layouts"),
     (["reload.layouts=[sp1-dp3-z0]"], "reload.layouts"),
+    (["parity.reference=sp2-dp1-z0"], "parity.reference"),
     (["sp.attention=eager"], "sp.attention"),
     (["sp.attention=flash_attention_2", "device=cpu"], "sp.attention"),
     (["sp.attention=flex_attention", "device=cpu"], "sp.attention"),

@@ -100,8 +100,6 @@ class TrainConfig:
     micro_batch_size: int = 1
     precision: str = "fp32"
     unmeasured_steps: int = 3  # first steps left out of medians: allocators and caches warm up
-    log_every: int = 1
-    compile: bool = False
     profile: bool = False
 
 
@@ -136,6 +134,7 @@ class ReloadConfig:
 @dataclass
 class ParityConfig:
     steps: int = 3
+    reference: str = "sp1-dp1-z0"  # one process; sp1-dp1-z3 with zero.offload_* where the model needs host memory
     tolerance: float | None = None  # relative; null: 1e-6 in fp32, 2e-2 in bf16
 
 
@@ -380,7 +379,6 @@ _LEAST = {
     "train.global_batch_size": 1,
     "train.micro_batch_size": 1,
     "train.unmeasured_steps": 0,
-    "train.log_every": 1,
     "eval.sequences": 1,
     "optim.lr": 0,
     "optim.grad_clip": 0,
@@ -472,6 +470,9 @@ def check(config: Config) -> None:
         check_layout(c, c.layout, "sp.size")
     else:
         check_layout(replace(c, launch=replace(c.launch, name="attached")), c.layout, "sp.size")
+    if not re.fullmatch("sp1-dp1-z[0-3]", c.parity.reference):
+        problem = f"{c.parity.reference!r} is not a single process"
+        raise ConfigError("parity.reference", problem, "set sp1-dp1-z0, or sp1-dp1-z3 with offload for large models")
     for name in c.reload.layouts or ():
         try:
             target = Layout.parse(name)

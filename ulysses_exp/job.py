@@ -217,8 +217,9 @@ class Job:
         from ulysses_exp.stages import parity
 
         tasks = []
-        for name, layout in (("parity-reference", REFERENCE), ("parity-layout", self.config.layout)):
-            note(f"parity: {layout.name}{' (reference)' if layout == REFERENCE else ''}")
+        one = Layout.parse(self.config.parity.reference)
+        for name, layout in (("parity-reference", one), ("parity-layout", self.config.layout)):
+            note(f"{name.replace('-', ' ')}: {layout}")
             tasks.append(Task(name, self.config.at(layout), ("trajectory",), self.folder))
             self.ranks.run(tasks[-1])
             self._describe(tasks[-1])

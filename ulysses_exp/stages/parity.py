@@ -13,7 +13,6 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from ulysses_exp.config import Config
-from ulysses_exp.layout import REFERENCE
 
 #: Relative. In fp32 two layouts add the same numbers in another order: measured at most 1e-7 (benchmarks/parity).
 #: bf16 keeps 8 bits: weights and gradients are rounded by up to 2^-9 = 2e-3 at every operation, and sums over ranks are
@@ -72,7 +71,7 @@ def compare(config: Config, reference: Path, layout: Path, runs: tuple[dict, dic
                 first = Difference(step, what, value)
     result = {
         "status": "ok" if first is None else "failed",
-        "reference": REFERENCE.name,
+        "reference": config.parity.reference,
         "steps": config.parity.steps,
         "tolerance": tolerance,
         "max_rel_loss_diff": max(row["loss"] for row in rows),
@@ -83,7 +82,7 @@ def compare(config: Config, reference: Path, layout: Path, runs: tuple[dict, dic
     if first is not None:
         result["first_difference"] = {"step": first.step, "what": first.what, "value": first.value}
         result["reason"] = (
-            f"{config.layout.name} differs from {REFERENCE.name} first at step {first.step}: "
+            f"{config.layout.name} differs from {config.parity.reference} first at step {first.step}: "
             f"{first.what} by {first.value:.2e} relative, tolerance {tolerance:g}"
         )
     return result
