@@ -10,7 +10,8 @@ if TYPE_CHECKING:
     from ulysses_exp.checkpoints.fingerprints import Fingerprint, fingerprint, weights_identical
     from ulysses_exp.checkpoints.gathering import full_weights
     from ulysses_exp.checkpoints.huggingface import export_huggingface
-    from ulysses_exp.checkpoints.loading import Loaded, load, source_layout
+    from ulysses_exp.checkpoints.loaded import Loaded
+    from ulysses_exp.checkpoints.loading import load, source_layout
     from ulysses_exp.checkpoints.saving import Saved, save
 
 #: Where each name is defined. Imported at first use: huggingface_check runs where deepspeed cannot be imported.
@@ -19,7 +20,8 @@ _HOME = {
     "Fingerprint": "fingerprints", "fingerprint": "fingerprints", "weights_identical": "fingerprints",
     "full_weights": "gathering",
     "export_huggingface": "huggingface",
-    "Loaded": "loading", "load": "loading", "source_layout": "loading",
+    "Loaded": "loaded",
+    "load": "loading", "source_layout": "loading",
     "Saved": "saving", "save": "saving",
 }  # fmt: skip
 

@@ -25,12 +25,13 @@ def _splitmix64(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
-#: Keys within a block; the key of word i of block b is _KEYS[i] * _block_key(b).
+#: Keys within a block; the key of word i of block b is _KEYS[i] * _block_keys(b, 1)[0].
 _KEYS = _splitmix64(np.arange(1, _BLOCK + 1, dtype=np.uint64)) | np.uint64(1)
 
 
-def _block_key(block: int) -> int:
-    return int(_splitmix64(np.array([block + (1 << 32)], dtype=np.uint64))[0]) | 1
+def _block_keys(first: int, count: int) -> list[int]:
+    keys = _splitmix64(np.arange(first, first + count, dtype=np.uint64) + np.uint64(1 << 32)) | np.uint64(1)
+    return keys.tolist()
 
 
 def digest(data: torch.Tensor, start: int = 0) -> int:
@@ -62,11 +63,11 @@ def digest_bytes(data: np.ndarray, offset: int = 0) -> int:
         total += _partial_word(data[len(data) - tail :], end - tail)
     first = (offset + head) // 8
     done = 0
-    while done < len(words):
-        block, within = divmod(first + done, _BLOCK)
+    for key in _block_keys(first // _BLOCK, -(-(first + len(words)) // _BLOCK) - first // _BLOCK):
+        within = (first + done) % _BLOCK
         count = min(_BLOCK - within, len(words) - done)
         share = np.dot(words[done : done + count], _KEYS[within : within + count])  # wraps modulo 2^64
-        total += int(share) * _block_key(block)
+        total += int(share) * key
         done += count
     return total & _MASK
 
@@ -76,7 +77,7 @@ def _partial_word(data: np.ndarray, offset: int) -> int:
     word, within = divmod(offset, 8)
     value = int.from_bytes(data.tobytes(), "little") << (8 * within)
     block, index = divmod(word, _BLOCK)
-    return value * int(_KEYS[index]) * _block_key(block)
+    return value * int(_KEYS[index]) * _block_keys(block, 1)[0]
 
 
 def to_int64(value: int) -> int:

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import deepspeed
 import numpy as np
 import torch
 import torch.distributed as dist
 
+from ulysses_exp.checkpoints import deepspeed_files
 from ulysses_exp.checkpoints.digest import digest_bytes, to_hex
 from ulysses_exp.checkpoints.errors import CheckpointError, raise_together
 from ulysses_exp.checkpoints.fingerprints import fingerprint, module_digests
 from ulysses_exp.checkpoints.homes import WEIGHTS, Fragment, fragments, prepare_states, weights_changed
+from ulysses_exp.checkpoints.loaded import Loaded
 from ulysses_exp.checkpoints.manifest import NAME, Manifest, Stored, stored_tensors
 from ulysses_exp.checkpoints.progress import restore
 from ulysses_exp.checkpoints.shards import DTYPES
@@ -25,31 +25,20 @@ from ulysses_exp.layout import Layout
 _PIECE_BYTES = 8 << 20
 
 
-@dataclass(frozen=True)
-class Loaded:
-    """A checkpoint that an engine has taken over."""
-
-    route: str
-    step: int
-    state: dict[str, Any]  # as it was given to `save`
-    seconds: float
-    bytes: int  # of the checkpoint's tensors
-    weights_bit_exact: bool  # the fp32 weights, and those of the forward pass on every rank
-    optimizer_bit_exact: bool
-
-
 def load(
     engine: deepspeed.DeepSpeedEngine,
     folder: Path,
     *,
     layout: Layout,
     trust_pickle: bool = False,
-    route: str | None = None,
 ) -> Loaded:
     """Takes over the checkpoint in `folder`, which any layout may have written. Collective over the world.
 
     Each rank reads the bytes of its own fragments into the memory where DeepSpeed keeps them; then the digests of what
     the engine holds are compared with those of the engine that was saved.
+
+    Args:
+        trust_pickle: where `folder` was written by DeepSpeed's `save_checkpoint`, open its pickled files.
 
     Raises:
         CheckpointError: on all ranks, where a file is missing, damaged or foreign, or belongs to another model or
@@ -57,6 +46,8 @@ def load(
     """
     began = time.perf_counter()
     folder = Path(folder)
+    if deepspeed_files.present(folder):
+        return deepspeed_files.load(engine, folder, trusted=trust_pickle)
     error = None
     try:
         manifest = Manifest.read(folder)

@@ -9,7 +9,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
-_COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
+_COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 
 
 def engine_state(engine: deepspeed.DeepSpeedEngine) -> dict[str, Any]:
@@ -36,6 +36,8 @@ def restore(engine: deepspeed.DeepSpeedEngine, state: dict[str, Any]) -> None:
     """Takes over counters, learning rates and schedule; generators where the number of ranks is the same."""
     for name in _COUNTERS:
         setattr(engine, name, state[name])
+    # another layout accumulates over another number of micro steps; a step ends where this is a multiple of them
+    engine.micro_steps = engine.global_steps * engine.gradient_accumulation_steps()
     for group, saved in zip(engine.basic_optimizer.param_groups, state["groups"], strict=True):
         group["lr"] = saved["lr"]
     if engine.lr_scheduler is not None and state["scheduler"] is not None:

@@ -1,0 +1,113 @@
+"""What a checkpoint exports opens in a process that cannot import deepspeed, and says the same."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoint_ranks import run
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from tiny_engine import Recipe, engine, steps
+
+from ulysses_exp import checkpoints
+from ulysses_exp.layout import Layout
+
+PROMPT = torch.arange(8)[None]
+
+
+def _tokenizer():
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = {"a": 0, "b": 1, "[UNK]": 2}
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="[UNK]")))
+
+
+def train_and_save(folder: Path, layout: Layout, recipe: Recipe) -> list[int] | None:
+    with engine(layout, recipe) as made:
+        steps(made, layout, 0, 1)
+        checkpoints.save(made, folder, layout=layout, step=1, state={}, tokenizer=_tokenizer())
+        if layout.zero == 3:
+            return None
+        return made.module.eval().generate(PROMPT, max_new_tokens=6, do_sample=False)[0].tolist()
+
+
+def check(folder: Path, out: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "ulysses_exp.checkpoints.huggingface_check", str(folder), "--out", str(out), *more]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+CASES = {
+    "fp32": ("sp2-dp1-z2", Recipe()),
+    "bf16, tied, ZeRO 3": ("sp1-dp2-z3", Recipe(bf16=True, tied=True)),
+    "two files": ("sp1-dp2-z1", Recipe(hidden=512, vocabulary=16384)),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_opens_without_deepspeed(name: str, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    layout, recipe = Layout.parse(CASES[name][0]), CASES[name][1]
+    folder = tmp_path / "step1"
+    generated = run(layout.world, train_and_save, folder, layout, recipe)[0]
+    save_file({"input_ids": PROMPT, "labels": PROMPT.roll(-1)}, tmp_path / "batch.safetensors")
+    done = check(folder, tmp_path / "out.json", "--batch", str(tmp_path / "batch.safetensors"))
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert result["weights_bit_exact"] is True
+    assert result["dtype"] == ("bfloat16" if recipe.bf16 else "float32")
+
+    export = folder / "huggingface"
+    assert sorted(p.name for p in export.glob("*.safetensors")) == (
+        [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)] if name == "two files" else ["model.safetensors"]
+    )
+    model = AutoModelForCausalLM.from_pretrained(export, dtype="auto").eval()
+    with torch.no_grad():
+        loss = torch.nn.functional.cross_entropy(model(PROMPT).logits.float()[0], PROMPT.roll(-1)[0])
+    assert result["loss"] == pytest.approx(loss.item(), rel=1e-6)
+    if generated is not None:
+        assert model.generate(PROMPT, max_new_tokens=6, do_sample=False)[0].tolist() == generated
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == recipe.tied
+    assert AutoTokenizer.from_pretrained(export)("b")["input_ids"] == [1]
+    assert model.generation_config.eos_token_id is not None
+
+
+def test_another_weight_is_noticed(tmp_path: Path) -> None:
+    folder = tmp_path / "step1"
+    run(1, train_and_save, folder, Layout(1, 1, 0), Recipe())
+    path = folder / "huggingface" / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.norm.weight"][3] += 1e-6
+    save_file(tensors, path, metadata={"format": "pt"})
+    assert check(folder, tmp_path / "out.json").returncode == 0
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert (result["weights_bit_exact"], result["different"]) == (False, ["model.norm.weight"])
+
+
+def test_a_damaged_export_is_one_line(tmp_path: Path) -> None:
+    folder = tmp_path / "step1"
+    run(1, train_and_save, folder, Layout(1, 1, 0), Recipe())
+    path = folder / "huggingface" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    done = check(folder, tmp_path / "out.json")
+    assert done.returncode == 1
+    assert str(folder) in done.stderr.strip().splitlines()[-1]
+
+
+def test_portable_files_hold_the_full_tensors_by_name(tmp_path: Path) -> None:
+    folder = tmp_path / "step1"
+    run(2, train_and_save, folder, Layout(1, 2, 3), Recipe())
+    weights = load_file(folder / "huggingface" / "model.safetensors")
+    with safe_open(folder / "portable" / "weights-00001-of-00001.safetensors", "pt") as file:
+        assert set(file.keys()) == set(weights)
+        assert all(torch.equal(file.get_tensor(name), tensor) for name, tensor in weights.items())
+    with safe_open(folder / "portable" / "exp_avg_sq-00001-of-00001.safetensors", "pt") as file:
+        assert {name: tuple(file.get_slice(name).get_shape()) for name in weights} == {
+            name: tuple(tensor.shape) for name, tensor in weights.items()
+        }
