@@ -13,6 +13,7 @@ import json
 import multiprocessing
 import os
 import platform
+import re
 import sys
 import tempfile
 import time
@@ -35,7 +36,7 @@ from ulysses_exp.layout import Layout  # noqa: E402
 
 TOLERANCE = 1e-6  # relative
 OVERRIDES = [
-    "device=cpu", "stages=[train]", "tracker.mode=disabled", "train.seq_len=64", "train.global_batch_size=4",
+    "device=cpu", "stages=[train]", "tracker.mode=disabled", "train.seq_len=32", "train.global_batch_size=4",
     "train.steps=10", "optim=adamw", "optim.schedule=linear", "optim.warmup_steps=2",
     "model.architecture.num_hidden_layers=2", "model.architecture.hidden_size=64",
     "model.architecture.intermediate_size=192",
@@ -166,7 +167,8 @@ def table(report: dict[str, Any]) -> str:
         "# Reload: every layout's checkpoint in every layout", "",
         f"`python benchmarks/reload_matrix.py`: {len(report['layouts'])} layouts, {count} cells, "
         f"{report['seconds']:.0f} s on {report['machine']['cores']} cores; fp32, AdamW, linear schedule, "
-        f"{max(s['bytes'] for s in report['sources']) / 2**20:.2f} MiB of state. DeepSpeed {report['versions']['deepspeed']}.", "",
+        f"{max(s['bytes'] for s in report['sources']) / 2**20:.2f} MiB of state. "
+        f"DeepSpeed {report['versions']['deepspeed']}.", "",
         "| | this project | DeepSpeed `load_checkpoint` |", "| --- | --- | --- |",
         f"| cells that go on as if uninterrupted | **{exact['good']} of {count}** | "
         f"{sum(c['good'] for c in plain)} of {len(plain)} |",
@@ -179,7 +181,7 @@ def table(report: dict[str, Any]) -> str:
     ]  # fmt: skip
     for word, number in Counter(outcome(c) for c in plain).most_common():
         lines.append(f"| {word} | {sum(outcome(c) == word for c in ours)} | {number} |")
-    kinds = Counter((c.get("error") or "").split(" but the current")[0][:110] for c in plain if "error" in c)
+    kinds = Counter(re.sub(r"'/\S*/(\S+)", r"'.../\1", c["error"])[:110] for c in plain if "error" in c)
     lines += ["", "What `load_checkpoint` raises:", ""]
     lines += [f"- {number} x `{kind}`" for kind, number in kinds.most_common(12)]
     return "\n".join(lines) + "\n\n![heat map](reload_matrix.png)\n"

@@ -22,7 +22,7 @@ from ulysses_exp.layout import Layout
 from ulysses_exp.session import Session, open_session
 from ulysses_exp.training import optimizer_step
 
-BEFORE, AFTER = 2, 3  # optimizer steps before the checkpoint, and after it
+BEFORE, AFTER = 3, 3  # optimizer steps before the checkpoint, and after it
 
 
 def on_rank(
