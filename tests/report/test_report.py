@@ -162,6 +162,32 @@ def test_losses_are_compared_only_where_they_must_agree(tmp_path):
     assert a.experiment != c.experiment
 
 
+def test_runs_are_told_apart_by_the_settings_in_which_they_differ(tmp_path):
+    for rate in (0.1, 0.2):
+        folder = write(tmp_path / f"optim.lr={rate}", results(2), 1024)
+        with open(folder / ".hydra" / "config.yaml", "a") as config:
+            config.write(f"optim: {{name: sgd, lr: {rate}}}\ntracker: {{mode: x{rate}}}\n")
+    found = runs.find([tmp_path])
+    assert runs.labels(found) == ["sp2-dp1-z3, lr 0.1", "sp2-dp1-z3, lr 0.2"]
+    shown = table.table(found)
+    assert [title for title in shown.titles if title in ("lr", "mode")] == ["lr"], "nothing that is not of the result"
+    assert found[0].experiment != found[1].experiment
+
+
+def test_another_choice_of_a_group_goes_by_its_name(tmp_path):
+    for name, tiles in (("none", 0), ("alst", 4)):
+        folder = write(tmp_path / name, results(2), 1024)
+        with open(folder / ".hydra" / "config.yaml", "a") as config:
+            config.write(f"memory: {{name: {name}, tiled_mlp: {tiles}}}\n")
+    assert runs.labels(runs.find([tmp_path])) == ["sp2-dp1-z3, memory alst", "sp2-dp1-z3, memory none"]
+
+
+def test_a_run_reached_by_two_paths_counts_once(tmp_path):
+    write(tmp_path / "run", results(2))
+    (tmp_path / "latest").symlink_to(tmp_path / "run")
+    assert len(runs.find([tmp_path / "run", tmp_path / "latest"])) == 1
+
+
 def test_reload_picture_shows_the_worst_result_of_a_pair(tmp_path):
     made = results(2, 1, 3)
     cells = made["stages"]["reload"]["cells"]

@@ -71,7 +71,9 @@ def _show(figures: table.Table, troubles: list[tuple[str, str]], console: Consol
         box=rich.box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold", padding=(0, 0, 0, 1)
     )
     for number, name in enumerate(figures.titles):
-        shown.add_column(name, justify="right" if number else "left", no_wrap=number > 0)
+        words = number == 0 or any(len(row[number][1]) > 12 for row in figures.rows)
+        shown.add_column(name, justify="right" if number else "left", no_wrap=not words, overflow="fold",
+                         min_width=10 if number == 0 else None)  # fmt: skip
     for row in figures.rows:
         shown.add_row(*(rich.markup.escape(text) for _, text in row))
     console.print()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,16 +24,11 @@ _NOT_PART_OF_THE_LOSS = (
 )  # fmt: skip
 
 
-#: Trait, how it is written, and its key
-_SETTINGS = (
-    ("batch", "batch ", "train.global_batch_size"),
-    ("data", "data ", "data.name"),
-    ("optim", "", "optim.name"),
-    ("precision", "", "train.precision"),
-    ("memory", "memory ", "memory.name"),
-    ("attention", "", "sp.attention"),
-    ("exchange", "exchange ", "sp.exchange"),
-)
+#: Settings that the layout, the model or the length stand for already, or that say where and how a job ran
+_NOT_A_TRAIT = (
+    "sp.size", "dp", "zero.stage", "model", "train.seq_len", "stages", "eval", "reload", "parity", "plan", "checkpoint",
+    "tracker", "launch", "sweep", "device", "hydra", "experiment", "optimize",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -65,7 +60,16 @@ class Run:
 
     @property
     def model(self) -> str:
-        return str(self.results.get("model", {}).get("name") or self.setting("model.name") or "?")
+        """A name of the configuration or of a hub; of a local folder its last part."""
+        name = str(self.results.get("model", {}).get("name") or self.setting("model.name") or "?")
+        return Path(name).name if name.startswith(("/", "./", "../", "~")) else name
+
+    @property
+    def place(self) -> str:
+        """What the folder's name says beyond model and layout, e.g. when the job began."""
+        suffix = f"-{self.model}-{self.layout.name}" if self.layout else ""
+        name = self.folder.name.removesuffix(suffix)
+        return name if len(name) <= 32 else f"{name[:31]}…"
 
     @property
     def seq_len(self) -> int | None:
@@ -118,7 +122,7 @@ def find(paths: Iterable[Path]) -> list[Run]:
             raise FileNotFoundError(path)
         for place, inside, files in os.walk(path):
             if "results.json" in files or "metrics.jsonl" in files:
-                folders[Path(place)] = None
+                folders[Path(place).resolve()] = None
             inside[:] = sorted(set(inside) - _INSIDE_A_RUN)
     runs = [_read(folder) for folder in folders]
     return sorted(runs, key=lambda r: (r.model, r.seq_len or 0, r.layout or Layout(), str(r.folder)))
@@ -133,8 +137,25 @@ def traits(run: Run) -> dict[str, str]:
         "dp": f"dp {layout.dp}" if layout else "?",
         "zero": f"ZeRO {layout.zero}" if layout else "?",
         "seq_len": f"{run.seq_len:,} tokens" if run.seq_len else "?",
-        **{name: f"{word}{run.setting(key)}" for name, word, key in _SETTINGS if run.setting(key) is not None},
+        **{key: f"{_short(key)} {value}" for key, value in _leaves(run.config)},
     }
+
+
+def _leaves(node: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """The settings that can be traits, by dotted key."""
+    for name, value in node.items():
+        key = prefix + str(name)
+        if key in _NOT_A_TRAIT:
+            continue
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{key}.")
+        else:
+            yield key, str(value)
+
+
+def _short(key: str) -> str:
+    """`memory.name` is called memory, `train.steps` steps."""
+    return key.removesuffix(".name").rsplit(".", 1)[-1]
 
 
 def differing(runs: list[Run]) -> list[str]:
@@ -143,7 +164,9 @@ def differing(runs: list[Run]) -> list[str]:
     for run in runs:
         for name, value in traits(run).items():
             values.setdefault(name, set()).add(value)
-    return [name for name, found in values.items() if len(found - {"?"}) > 1]
+    several = [name for name, found in values.items() if len(found - {"?"}) > 1]
+    # Another choice of a group changes many of its settings: its name says it all.
+    return [name for name in several if f"{name.split('.')[0]}.name" not in several or name.endswith(".name")]
 
 
 def labels(runs: list[Run]) -> list[str]:
@@ -158,9 +181,7 @@ def labels(runs: list[Run]) -> list[str]:
         )
         for run in runs
     ]
-    return [
-        f"{text} ({run.folder.name})" if short.count(text) > 1 else text for text, run in zip(short, runs, strict=True)
-    ]
+    return [f"{text} ({run.place})" if short.count(text) > 1 else text for text, run in zip(short, runs, strict=True)]
 
 
 def _read(folder: Path) -> Run:

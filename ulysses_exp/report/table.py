@@ -82,15 +82,19 @@ def table(runs: list[Run], narrow: bool = False) -> Table:
     ]
     rows = []
     for run, layout, mark in zip(runs, layouts, told_apart, strict=True):
-        name = layout if told_apart.count(mark) == 1 else f"{layout} ({run.folder.name})"
+        name = layout if told_apart.count(mark) == 1 else f"{layout} ({run.place})"
         row: list[tuple[Any, str]] = [(name, name)]
         for trait, text in zip(names, mark[1:], strict=True):
-            row.append((run.seq_len, f"{run.seq_len or 0:,}") if trait == "seq_len" else (text, text or "-"))
+            if trait == "seq_len":
+                row.append((run.seq_len, f"{run.seq_len or 0:,}"))
+            else:
+                value = run.setting(trait) if "." in trait else text
+                row.append((value, "-" if value is None else str(value)))
         for column in columns:
             value = column.value(run)
             row.append((value, "-" if value is None else column.text(value)))
         rows.append(row)
-    headings = ["tokens" if name == "seq_len" else name for name in names]
+    headings = ["tokens" if name == "seq_len" else name.removesuffix(".name").rsplit(".", 1)[-1] for name in names]
     return Table(["layout", *headings, *(column.title for column in columns)], rows)
 
 
