@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from ulysses_exp.attention.upstream import entry, kv_groups, sequence_parallel_state
 
 BATCH, LENGTH, VOCABULARY, WINDOW = 2, 96, 64, 20
 
@@ -38,6 +44,15 @@ def model(family: str, attention: str = "sdpa", **changes: Any) -> PreTrainedMod
     torch.manual_seed(0)
     config = AutoConfig.for_model(arguments.pop("model_type"), **arguments)
     return AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32).train()
+
+
+@contextmanager
+def upstream(network: PreTrainedModel, sp: int, disable_in_eval: bool = False) -> Iterator[None]:
+    """DeepSpeed's registration as its tutorial makes it, undone on exit."""
+    with sequence_parallel_state(), kv_groups(network), entry(ALL_ATTENTION_FUNCTIONS, "sdpa"):
+        UlyssesSPAttentionHF.register_with_transformers(network, "sdpa", sp, BATCH, disable_in_eval=disable_in_eval)
+        torch.distributed.barrier()
+        yield
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ulysses_exp.attention import ulysses
 from ulysses_exp.attention.exchange import FusedUlyssesAttention
-from ulysses_exp.attention.upstream import entry, kv_groups, sequence_parallel_state
+from ulysses_exp.attention.upstream import entry
 from ulysses_exp.metrics.communication import AllToAllCounter
 
 
@@ -23,8 +23,7 @@ def _logits(rank: int, how: str, family: str, kind: str) -> float:
     expected = tiny.forward(model, data, slice(cut))
     with AllToAllCounter() as counter:
         if how == "upstream":
-            with sequence_parallel_state(), kv_groups(model), entry(ALL_ATTENTION_FUNCTIONS, "sdpa"):
-                UlyssesSPAttentionHF.register_with_transformers(model, "sdpa", 2, tiny.BATCH, disable_in_eval=True)
+            with tiny.upstream(model, 2, disable_in_eval=True):
                 found = tiny.forward(model, data, slice(cut))
         elif how in ("UlyssesSPAttentionHF", "FusedUlyssesAttention"):
             with entry(ALL_ATTENTION_FUNCTIONS, "sdpa"):
@@ -63,8 +62,7 @@ def _generated(rank: int, register: str) -> tuple[bool, str]:
     greedy = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
     expected = model.generate(**prompt, **greedy)
     if register == "upstream":
-        with sequence_parallel_state(), kv_groups(model), entry(ALL_ATTENTION_FUNCTIONS, "sdpa"):
-            UlyssesSPAttentionHF.register_with_transformers(model, "sdpa", 4, 2, disable_in_eval=True)
+        with tiny.upstream(model, 4, disable_in_eval=True):
             return torch.equal(model.generate(**prompt, **greedy), expected), ""
     with ulysses(model, sp=4, exchange="fused", micro_batch_size=2) as handle:
         handle.disable_in_eval = register == "bypass"

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+import warnings
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.flex_attention import flex_attention
 
 from ulysses_exp.attention import core
 from ulysses_exp.attention.documents import Documents, Segment
@@ -57,3 +61,44 @@ def test_memory_of_a_window_is_linear_in_the_length() -> None:
     with torch.profiler.profile(profile_memory=True) as profile:
         core.sdpa(q, k, v, Documents(1, 16384), window=128)
     assert sum(max(0, e.self_cpu_memory_usage) for e in profile.key_averages()) < 2**24
+
+
+@pytest.mark.parametrize("rows", DOCUMENTS.values(), ids=DOCUMENTS)
+@pytest.mark.parametrize("window", [None, 100])
+def test_the_block_mask_of_flex_attention_says_the_same(rows, window) -> None:
+    whole = Documents(2, 777, rows)
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, heads, 777, 8) for heads in (4, 2, 2))
+    mask = core.flex_mask(whole, window, query.device)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # not compiled: the mask is what is tested
+        found = flex_attention(query, key, value, block_mask=mask, scale=0.3, enable_gqa=True).transpose(1, 2)
+    torch.testing.assert_close(found, dense(query, key, value, whole, window), rtol=0, atol=2e-6)
+
+
+def by_position_ids(module, query, key, value, mask, *, position_ids, sliding_window=None, scaling, **kwargs):
+    """The contract of transformers' flash attention, densely: documents from position_ids, in one row only."""
+    assert mask is None
+    batch, n = position_ids.shape
+    starts = (position_ids[0] == 0).nonzero().flatten().tolist() if batch == 1 else [0]
+    row = tuple(Segment(a, b) for a, b in itertools.pairwise([*starts, n]))
+    return dense(query, key, value, Documents(batch, n, (row,) * batch), sliding_window), None
+
+
+@pytest.mark.parametrize("rows", DOCUMENTS.values(), ids=DOCUMENTS)
+@pytest.mark.parametrize("window", [None, 100])
+def test_flash_attention_gets_documents_as_positions_of_one_row(rows, window) -> None:
+    whole = Documents(2, 777, rows)
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, heads, 777, 8) for heads in (4, 2, 2))
+    run = core.around("flash_attention_2", by_position_ids)
+    found, _ = run(None, query, key, value, None, plan=core.Plan(whole), scaling=0.3, sliding_window=window)
+    torch.testing.assert_close(found, dense(query, key, value, whole, window), rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("name", ["softcap", "s_aux", "position_bias"])
+def test_what_sdpa_has_not_is_refused(name: str) -> None:
+    query = torch.randn(1, 2, 8, 8)
+    run = core.around("sdpa", F.scaled_dot_product_attention)
+    with pytest.raises(ValueError, match=name):
+        run(None, query, query, query, None, plan=core.Plan(Documents(1, 8)), **{name: 1.0})

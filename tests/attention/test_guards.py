@@ -2,32 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 import masked_batches as tiny
 import pytest
 import torch
-from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
 from rank_pool import Failed, RankPool
 from transformers import PreTrainedModel
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama import modeling_llama
 
 from ulysses_exp.attention import ulysses
-from ulysses_exp.attention.upstream import entry, kv_groups, sequence_parallel_state
 
 
-@contextmanager
-def registered(model: PreTrainedModel, by: str, sp: int, micro_batch_size: int = tiny.BATCH) -> Iterator[Any]:
-    if by == "upstream":
-        with sequence_parallel_state(), kv_groups(model), entry(ALL_ATTENTION_FUNCTIONS, "sdpa"):
-            UlyssesSPAttentionHF.register_with_transformers(model, "sdpa", sp, micro_batch_size)
-            yield None
-    else:
-        with ulysses(model, sp=sp, exchange=by, micro_batch_size=micro_batch_size) as handle:
-            yield handle
+def registered(model: PreTrainedModel, by: str, sp: int) -> AbstractContextManager[Any]:
+    return tiny.upstream(model, sp) if by == "upstream" else ulysses(model, sp=sp, exchange=by, micro_batch_size=2)
 
 
 def _error(rank: int, by: str, case: str) -> float:
@@ -154,10 +143,11 @@ def test_what_no_registration_takes(ranks: RankPool, case: str, message: str) ->
 
 
 def _call(rank: int, case: str) -> None:
-    data, model = tiny.batch("left"), tiny.model("gqa")
+    attention = "flex_attention" if case == "flex_training" else "sdpa"
+    data, model = tiny.batch("left"), tiny.model("gqa", attention)
     part = data.part(4, rank)
     arguments: dict[str, Any] = {"input_ids": data.input_ids[:, part], "position_ids": data.position_ids[:, part]}
-    with ulysses(model, sp=4, exchange="fused", micro_batch_size=2) as handle:
+    with ulysses(model, sp=4, attention=attention, exchange="fused", micro_batch_size=2) as handle:
         if case == "cache":
             cache = model(**arguments, use_cache=True).past_key_values
             arguments["past_key_values"] = cache
@@ -180,6 +170,7 @@ def _call(rank: int, case: str) -> None:
         ("mask_4d", "attention_mask has another shape than input_ids"),
         ("begin_of_another_length", "begin() told of 2 x 48 tokens, this rank got 2 x 24"),
         ("begin_without_the_mask", "begin() got no attention_mask"),
+        ("flex_training", "flex_attention has no backward on CPU; set sp.attention=sdpa"),
         ("part_of_the_model", "call the model, not its parts"),
     ],
 )

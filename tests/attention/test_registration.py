@@ -39,7 +39,7 @@ def _everything_is_restored(rank: int, exchange: str) -> None:
             )  # fmt: skip
             part = data.part(sp, rank)
             handle.begin(data.position_ids)
-            tiny.loss(tiny.forward(engine, data, part), data, part).backward()
+            engine.backward(tiny.loss(tiny.forward(engine, data, part), data, part))
             assert handle.attention_calls == (2 if sp > 1 else 0)
             engine.destroy()
         if sp > 1:  # sp 1 changes nothing: there the engine itself sets groups.mpu

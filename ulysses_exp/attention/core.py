@@ -129,3 +129,62 @@ def flex_mask(documents: Documents, window: int | None, device: torch.device) ->
     n = documents.seq_len
     batch = None if segment is None else documents.batch
     return create_block_mask(visible, B=batch, H=None, Q_LEN=n, KV_LEN=n, device=str(device))
+
+
+class Plan:
+    """The documents of one forward, and what is made of them once and used in every layer."""
+
+    def __init__(self, whole: Documents):
+        self.documents = whole
+        self._made: dict[Any, Any] = {}
+
+    def once(self, key: Any, make: Callable[[], Any]) -> Any:
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
+
+
+def around(attention: str, original: Callable[..., Any]) -> Core:
+    """What runs between the two exchanges: `original`'s attention, with the documents of the forward respected."""
+
+    def run(
+        module: torch.nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Any,
+        *,
+        plan: Plan,
+        scaling: float | None = None,
+        dropout: float = 0.0,
+        sliding_window: int | None = None,
+        position_ids: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Any]:
+        whole, device = plan.documents, query.device
+        window = None if sliding_window is None or sliding_window >= whole.seq_len else sliding_window
+        by_head = [k for k in ("s_aux", "position_bias") if kwargs.get(k) is not None]
+        if by_head:
+            raise ValueError(f"{', '.join(by_head)} (of every head) is not split over ranks; set sp.size=1")
+        if attention == "sdpa":
+            if kwargs.get("softcap") is not None:
+                raise ValueError("sp.attention=sdpa has no softcap; set sp.attention=flex_attention (on a GPU)")
+            out = sdpa(query, key, value, whole, window=window, scaling=scaling, dropout=dropout)
+            return out, None
+        if attention == "flex_attention":
+            if device.type == "cpu" and torch.is_grad_enabled() and query.requires_grad:
+                raise ValueError("sp.attention=flex_attention has no backward on CPU; set sp.attention=sdpa")
+            mask = plan.once(("flex", window, device), lambda: flex_mask(whole, window, device))
+            return original(module, query, key, value, mask, scaling=scaling, dropout=dropout, **kwargs)
+        kwargs |= {"scaling": scaling, "dropout": dropout, "sliding_window": sliding_window}
+        batch = query.shape[0]
+        # transformers' flash attention finds documents in position_ids, and only in a batch of one row; padding is a
+        # document of its own there
+        positions = plan.once(("flash", device), lambda: whole.positions(device))
+        if whole.plain or batch == 1:
+            return original(module, query, key, value, None, position_ids=positions, **kwargs)
+        query, key, value = (x.transpose(0, 1).flatten(1, 2)[None] for x in (query, key, value))
+        out, weights = original(module, query, key, value, None, position_ids=positions.flatten()[None], **kwargs)
+        return out.unflatten(1, (batch, -1))[0], weights
+
+    return run
