@@ -19,6 +19,7 @@ import math
 import os
 import queue
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -206,7 +207,7 @@ class Tracker:
                 disable_code=True,
                 disable_git=True,
                 save_code=False,
-                host="",  # neither the machine's name nor paths on it
+                host="",  # not the machine's name, not the path of the command
                 program="ulysses-exp",
                 x_disable_meta=True,
                 x_disable_machine_info=True,
@@ -368,7 +369,7 @@ def _one_line(error: BaseException) -> str:
 
 def _shown(path: Path) -> str:
     """`path` as one would type it from here."""
-    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
+    return shlex.quote(os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path))
 
 
 def sync(paths: Iterable[Path]) -> int:

@@ -222,7 +222,7 @@ def reload(runs: list[Run]) -> Figure | None:
     handles = [
         Patch(facecolor=_GRADES[g][0], hatch=_GRADES[g][1], edgecolor="white", label=_GRADES[g][2]) for g in seen
     ]
-    canvas.legend(handles=handles, loc="outside upper left", ncols=2, fontsize=8)
+    canvas.legend(handles=handles, loc="outside upper left", ncols=1 if len(targets) < 5 else 2, fontsize=8)
     return canvas
 
 
