@@ -2,6 +2,9 @@
 
 Of ALST (arXiv 2506.13996, section 3.1). DeepSpeed 0.19.8's `TiledFusedLogitsLoss` is not used: it loses what is done to
 the loss afterwards (docs/findings.md).
+
+Under ZeRO 3 the head's weight stays gathered from tile to tile as long as it has fewer elements than DeepSpeed's
+`stage3_max_reuse_distance` and `stage3_max_live_parameters` (1e9 by default); beyond that each tile gathers it again.
 """
 
 from __future__ import annotations
