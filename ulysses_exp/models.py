@@ -43,6 +43,10 @@ def build(config: Config, seed: int | None = None) -> PreTrainedModel:
             model = AutoModelForCausalLM.from_config(
                 architecture, trust_remote_code=config.model.trust_remote_code, **arguments
             )
+    except OSError as error:
+        problem = str(error).splitlines()[0]
+        instead = "set a folder or hub name that holds weights, or model.pretrained=false"
+        raise ConfigError("model.name_or_path", problem, instead) from error
     except (ImportError, ValueError) as error:
         if "attn" not in str(error).lower() and "attention" not in str(error).lower():
             raise

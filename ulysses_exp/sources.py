@@ -5,8 +5,11 @@ from __future__ import annotations
 import glob
 import os
 from pathlib import Path
+from typing import Any
 
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf
+
+from ulysses_exp.config import Config
 
 #: What a checkpoint was trained as. A job that starts from it runs with the same, except for what its user overrides.
 INHERITED = ("model", "sp", "dp", "zero", "data", "memory", "train", "optim", "seed")
@@ -38,17 +41,15 @@ def inherit(cfg: DictConfig, overrides: list[str]) -> DictConfig:
     asked = OverridesParser.create().parse_overrides(overrides)
     chosen = {override.key_or_group for override in asked}
     trained = OmegaConf.load(saved)
-    for section in INHERITED:
-        if section not in chosen and section in trained:
-            OmegaConf.update(cfg, section, trained[section], merge=False, force_add=True)
+    plain = OmegaConf.to_container(cfg, resolve=False)
+    assert isinstance(plain, dict) and isinstance(trained, DictConfig)
+    plain |= {s: _plain(trained[s]) for s in INHERITED if s in trained and s not in chosen}
+    inherited = OmegaConf.merge(OmegaConf.structured(Config), plain)
     for override in asked:
         if override.key_or_group.split(".")[0] in INHERITED and "." in override.key_or_group:
-            with open_dict(cfg):
-                OmegaConf.update(cfg, override.key_or_group, override.value(), merge=True)
-    return OmegaConf.merge(OmegaConf.structured(_schema()), cfg)  # type: ignore[return-value]  # types are checked again
+            OmegaConf.update(inherited, override.key_or_group, override.value())
+    return inherited  # type: ignore[return-value]
 
 
-def _schema() -> type:
-    from ulysses_exp.config import Config
-
-    return Config
+def _plain(node: Any) -> Any:
+    return OmegaConf.to_container(node) if OmegaConf.is_config(node) else node
