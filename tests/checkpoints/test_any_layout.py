@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import resource
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 from checkpoint_ranks import run
 from tiny_engine import Recipe, engine, steps
@@ -121,3 +124,37 @@ def test_the_last_ones_are_kept(tmp_path: Path) -> None:
     run(1, keep_two, tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step10", "step3"]
     assert (tmp_path / "latest").read_text() == "step10"
+
+
+def random_numbers(folder: Path, layout: Layout) -> tuple[list[float], list[float]]:
+    with engine(layout) as made:
+        torch.manual_seed(100 + dist.get_rank())
+        checkpoints.save(made, folder, layout=layout, step=0, state={})
+        drawn = torch.rand(3).tolist()
+        checkpoints.load(made, folder, layout=layout)
+        return drawn, torch.rand(3).tolist()
+
+
+def test_each_rank_draws_the_same_random_numbers_again(tmp_path: Path) -> None:
+    first, second = run(2, random_numbers, tmp_path / "step0", Layout(1, 2, 0))
+    assert first[0] == first[1] and second[0] == second[1] and first != second
+
+
+def save_on_a_full_disk(folder: Path, layout: Layout) -> str:
+    with engine(layout) as made:
+        checkpoints.save(made, folder / "step1", layout=layout, step=1, state={})
+        if dist.get_rank() == 1:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+        try:
+            checkpoints.save(made, folder / "step2", layout=layout, step=2, state={})
+        except checkpoints.CheckpointError as error:
+            return str(error)
+    return "saved"
+
+
+@pytest.mark.parametrize("zero", [0, 3])
+def test_a_rank_that_cannot_write_is_an_error_on_all(zero: int, tmp_path: Path) -> None:
+    messages = run(2, save_on_a_full_disk, tmp_path, Layout(1, 2, zero))
+    assert messages == [f"{tmp_path}/step2: cannot be written (File too large)"] * 2
+    assert (tmp_path / "latest").read_text() == "step1" and not (tmp_path / "step2").exists()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch.distributed as dist
@@ -12,6 +14,7 @@ class CheckpointError(Exception):
 
     def __init__(self, where: Path | str, problem: str):
         super().__init__(f"{where}: {problem}")
+        self.where, self.problem = str(where), problem
 
 
 def raise_together(error: CheckpointError | None) -> None:
@@ -23,8 +26,19 @@ def raise_together(error: CheckpointError | None) -> None:
         if error is not None:
             raise error
         return
-    found: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, None if error is None else str(error))
-    for message in found:
-        if message is not None:
-            raise CheckpointError(*message.split(": ", 1)) from error
+    found: list[tuple[str, str] | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, None if error is None else (error.where, error.problem))
+    for words in found:
+        if words is not None:
+            raise CheckpointError(*words) from error
+
+
+@contextlib.contextmanager
+def written_together(folder: Path) -> Iterator[None]:
+    """A block in which a rank may fail to write; then all ranks raise the same CheckpointError at its end."""
+    error = None
+    try:
+        yield
+    except OSError as failure:
+        error = CheckpointError(folder, f"cannot be written ({failure.strerror or failure})")
+    raise_together(error)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import deepspeed
 import torch
@@ -67,7 +68,7 @@ def module_fragments(engine: deepspeed.DeepSpeedEngine) -> Iterator[Fragment]:
         yield tensor_fragment(name, buffer)
 
 
-def tensor_fragment(name: str, tensor: torch.Tensor) -> Fragment:
+def tensor_fragment(name: str, tensor: Any) -> Fragment:
     """What this rank holds of a parameter or buffer: all of it, or its partition under ZeRO 3."""
     partition = getattr(tensor, "ds_tensor", None)
     if partition is None:

@@ -11,6 +11,7 @@ from typing import Any
 import deepspeed
 import torch.distributed as dist
 
+from ulysses_exp.checkpoints.errors import written_together
 from ulysses_exp.checkpoints.homes import module_fragments
 from ulysses_exp.checkpoints.shards import Shard, plan
 from ulysses_exp.checkpoints.streaming import write
@@ -27,17 +28,22 @@ def export_huggingface(engine: deepspeed.DeepSpeedEngine, folder: Path, tokenize
 
     Returns:
         Digest of each parameter.
+
+    Raises:
+        CheckpointError: on all ranks, where one of them cannot write.
     """
     folder = Path(folder)
-    if dist.get_rank() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-    dist.barrier()
+    with written_together(folder):
+        if dist.get_rank() == 0:
+            folder.mkdir(parents=True, exist_ok=True)
     held = list(module_fragments(engine))
     shards = plan(held, [f.name for f in held], prefix="model")
-    found = write(shards, held, folder)
-    if dist.get_rank() == 0:
-        _write_index(shards, folder)
-        write_configuration(engine, folder, tokenizer)
+    with written_together(folder):
+        found = write(shards, held, folder)
+    with written_together(folder):
+        if dist.get_rank() == 0:
+            _write_index(shards, folder)
+            write_configuration(engine, folder, tokenizer)
     return {name: value for (_, name), value in found.items()}
 
 

@@ -35,9 +35,10 @@ def check(folder: Path, digests: dict[str, str] | None, batch: Path | None) -> d
     from ulysses_exp.checkpoints.digest import digest, to_hex
 
     began = time.perf_counter()
-    model, report = AutoModelForCausalLM.from_pretrained(
+    opened: Any = AutoModelForCausalLM.from_pretrained(
         folder, use_safetensors=True, local_files_only=True, dtype="auto", output_loading_info=True
     )
+    model, report = opened
     result: dict[str, Any] = {
         "seconds": time.perf_counter() - began,
         "bytes": sum(p.numel() * p.element_size() for p in model.parameters()),

@@ -136,7 +136,7 @@ def _fill(fragment: Fragment, file: int, where: Stored) -> None:
     for begin in range(0, len(target), _PIECE_BYTES):
         piece = target[begin : begin + _PIECE_BYTES]
         host = piece if piece.device.type == "cpu" else torch.empty_like(piece, device="cpu")
-        buffer = memoryview(host.numpy())
+        buffer = host.numpy().data
         at = position + begin
         while buffer:
             count = os.preadv(file, [buffer], at)

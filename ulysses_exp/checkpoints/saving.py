@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from ulysses_exp.checkpoints import manifest as manifests
 from ulysses_exp.checkpoints import publish
-from ulysses_exp.checkpoints.errors import CheckpointError, raise_together
+from ulysses_exp.checkpoints.errors import written_together
 from ulysses_exp.checkpoints.fingerprints import from_digests, gather_scalars, names
 from ulysses_exp.checkpoints.homes import fragments
 from ulysses_exp.checkpoints.huggingface import export_huggingface
@@ -56,17 +56,18 @@ def save(
     folder = Path(folder)
     rank = dist.get_rank()
     temporary = folder.parent / f".{folder.name}.partial"
-    with together(folder):
+    with written_together(folder):
         if rank == 0:
             publish.begin(folder)
             (temporary / manifests.PORTABLE).mkdir()
     held = list(fragments(engine))
     shards = plan(held, names(engine))
-    with together(folder):
-        found = from_digests(write(shards, held, temporary / manifests.PORTABLE), gather_scalars(engine))
-        module = export_huggingface(engine, temporary / "huggingface", tokenizer)
+    with written_together(folder):
+        digests = write(shards, held, temporary / manifests.PORTABLE)
+    found = from_digests(digests, gather_scalars(engine))
+    module = export_huggingface(engine, temporary / "huggingface", tokenizer)
     counters = engine_state(engine)
-    with together(folder):
+    with written_together(folder):
         if rank == 0:
             manifests.Manifest(
                 layout=layout.name,
@@ -84,18 +85,3 @@ def save(
             publish.publish(temporary, folder, keep)
     size = sum(tensor.nbytes for shard in shards for tensor in shard.tensors)
     return Saved(folder, time.perf_counter() - began, size)
-
-
-class together:
-    """A block in which one rank may fail to write; then all raise the same CheckpointError at its end."""
-
-    def __init__(self, folder: Path):
-        self._folder = folder
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if error is not None and not isinstance(error, OSError):
-            return
-        found = None if error is None else CheckpointError(self._folder, f"cannot be written ({error})")
-        raise_together(found)

@@ -113,10 +113,10 @@ def plan(mine: Iterable[Fragment], order: Iterable[str], prefix: str = "") -> li
         divided = [part for part in divided if part]
         for i, part in enumerate(divided):
             writer = (first + i) % world
-            tensors = [
-                Tensor(kind, name, *about[kind, name], parts=_cover(holders[kind, name], writer, about[kind, name][0]))
-                for name in part
-            ]
+            tensors = []
+            for name in part:
+                shape, dtype = about[kind, name]
+                tensors.append(Tensor(kind, name, shape, dtype, _cover(holders[kind, name], writer, shape)))
             shards.append(
                 Shard(f"{prefix or kind}-{i + 1:05}-of-{len(divided):05}.safetensors", writer, tuple(tensors))
             )

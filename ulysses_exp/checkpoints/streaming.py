@@ -43,6 +43,9 @@ def write(shards: list[Shard], fragments: list[Fragment], folder: Path) -> dict[
 
     Returns:
         For each (kind, name) the digest of the tensor, computed where its parts lie, before they were sent or written.
+
+    Raises:
+        OSError: this rank cannot write; raised at the end, for the other ranks wait for what it has to send.
     """
     rank, device = dist.get_rank(), communication_device()
     mine = {(f.kind, f.name): f for f in fragments}
@@ -52,7 +55,7 @@ def write(shards: list[Shard], fragments: list[Fragment], folder: Path) -> dict[
     with ThreadPoolExecutor(1) as disk, _Files(folder) as files:
         for shard in shards:
             if shard.writer == rank:
-                files.write(shard, np.frombuffer(shard.header(), np.uint8), 0)
+                writing = disk.submit(files.write, shard, np.frombuffer(shard.header(), np.uint8), 0)
         # the other ranks' pieces in an order that all agree on, so that sends and receives meet
         for round_ in zip_longest(*(_pieces(shards, writer) for writer in range(dist.get_world_size()))):
             incoming: torch.Tensor | None = None
@@ -94,7 +97,8 @@ def write(shards: list[Shard], fragments: list[Fragment], folder: Path) -> dict[
                 writing = disk.submit(files.write, piece.shard, incoming.cpu().numpy(), piece.position)
         if writing is not None:
             writing.result()
-    return dict(zip(index, all_reduce_digests(digests), strict=True))
+        whole = all_reduce_digests(digests)
+    return dict(zip(index, whole, strict=True))
 
 
 def communication_device() -> torch.device:
@@ -132,28 +136,39 @@ def _pieces(shards: list[Shard], writer: int) -> Iterator[_Piece]:
 
 
 class _Files:
-    """The shards that this rank writes; synced to disk when closed without an error."""
+    """The shards that this rank writes. Closing syncs them to disk and raises the first error that there has been."""
 
     def __init__(self, folder: Path):
         self._folder = folder
         self._open: dict[str, int] = {}
+        self._error: OSError | None = None
 
     def __enter__(self) -> _Files:
         return self
 
     def write(self, shard: Shard, data: np.ndarray, position: int) -> None:
-        if shard.file not in self._open:
-            path = self._folder / shard.file
-            self._open[shard.file] = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-        rest = memoryview(data)
-        while rest:
-            written = os.pwrite(self._open[shard.file], rest, position)
-            rest, position = rest[written:], position + written
+        """Does nothing after an error."""
+        if self._error is not None:
+            return
+        try:
+            if shard.file not in self._open:
+                path = self._folder / shard.file
+                self._open[shard.file] = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+            rest = data.data
+            while rest:
+                written = os.pwrite(self._open[shard.file], rest, position)
+                rest, position = rest[written:], position + written
+        except OSError as error:
+            self._error = error
 
     def __exit__(self, kind: object, *_: object) -> None:
         for descriptor in self._open.values():
             try:
-                if kind is None:
+                if kind is None and self._error is None:
                     os.fsync(descriptor)
+            except OSError as error:
+                self._error = error
             finally:
                 os.close(descriptor)
+        if kind is None and self._error is not None:
+            raise self._error
