@@ -5,8 +5,9 @@ from __future__ import annotations
 import multiprocessing
 import os
 import time
+import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -21,6 +22,7 @@ class Failed:
 
     error: str
     message: str = ""
+    where: str = field(default="", compare=False)
 
 
 class RankPool:
@@ -106,4 +108,4 @@ def _serve(rank: int, store: str, pipe: Connection) -> None:
         try:
             pipe.send(function(rank, *args))
         except BaseException as error:
-            pipe.send(Failed(type(error).__name__, str(error)))
+            pipe.send(Failed(type(error).__name__, str(error), traceback.format_exc()[-600:]))

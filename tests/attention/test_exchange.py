@@ -133,4 +133,4 @@ def test_a_fake_trace_plans_without_values(tmp_path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     lines = [line for line in done.stdout.splitlines() if line.startswith(("fused", "deepspeed"))]
-    assert lines == ["fused 8", "deepspeed 16"] * 2
+    assert lines == ["fused 8", "deepspeed 0"] * 2  # upstream's operator has a fake of its own, without the collective

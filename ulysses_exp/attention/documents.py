@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Documents:
         for b, row in enumerate(self.rows or ()):
             for number, segment in enumerate(row):
                 ids[b, segment.start : segment.stop] = number
-        return torch.from_numpy(ids).to(device, non_blocking=True)
+        return torch.tensor(ids, device=device)
 
     def positions(self, device: torch.device) -> torch.Tensor:
         """int64 [batch, seq_len]: positions that start at 0 in every segment."""
@@ -56,7 +57,7 @@ class Documents:
         for b, row in enumerate(self.rows or ()):
             for segment in row:
                 ids[b, segment.start : segment.stop] -= segment.start
-        return torch.from_numpy(ids).to(device, non_blocking=True)
+        return torch.tensor(ids, device=device)
 
 
 def documents(position_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> Documents:
@@ -104,9 +105,10 @@ def documents(position_ids: torch.Tensor, attention_mask: torch.Tensor | None = 
 
 def _values(tensor: torch.Tensor) -> np.ndarray | None:
     """The numbers of a tensor; None where it has none (a fake tensor, as used in planning)."""
-    if isinstance(tensor, torch._subclasses.FakeTensor) or tensor.device.type == "meta":
+    if isinstance(tensor, FakeTensor) or tensor.device.type == "meta":
         return None
-    return tensor.numpy() if tensor.device.type == "cpu" else tensor.cpu().numpy()
+    with unset_fake_temporarily():  # a tensor with values may be announced while the model is traced without
+        return tensor.cpu().numpy()
 
 
 def _refuse_holes(b: int, row: Row, positions: np.ndarray) -> None:

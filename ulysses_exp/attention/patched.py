@@ -12,6 +12,7 @@ import torch
 import torch.distributed
 from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import PreTrainedModel
 
@@ -194,7 +195,7 @@ class Patched:
                     "begin() got no attention_mask, the forward did; give begin() the whole sequences' mask"
                 )
             check_batch(shape[0], self.micro_batch_size)
-        elif isinstance(tokens, torch._subclasses.FakeTensor):
+        elif isinstance(tokens, FakeTensor):
             whole = Documents(shape[0], shape[1] * self.handle.sp)  # planning: shapes without values
         else:
             whole = agree(self.group, shape, positions, mask, device, self.micro_batch_size)
