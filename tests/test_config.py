@@ -85,7 +85,7 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(("overrides", "key"), WRONG, ids=lambda value: " ".join(value) if isinstance(value, list) else "")
+@pytest.mark.parametrize(("overrides", "key"), WRONG, ids=[" ".join(overrides) for overrides, _ in WRONG])
 def test_wrong_configuration_is_refused_at_once(command, tmp_path: Path, overrides, key):
     began = time.perf_counter()
     done: subprocess.CompletedProcess[str] = command(*overrides, cwd=tmp_path)

@@ -223,11 +223,11 @@ class Job:
             tasks.append(Task(name, self.config.at(layout), ("trajectory",), self.folder))
             self.ranks.run(tasks[-1])
             self._describe(tasks[-1])
-        reference, layout = (task.results for task in tasks)
+        reference, ours = (task.results for task in tasks)
         self.results["stages"]["parity"] = parity.compare(
-            self.config, reference, layout, (_read(reference / "trajectory.json"), _read(layout / "trajectory.json"))
+            self.config, reference, ours, (_read(reference / "trajectory.json"), _read(ours / "trajectory.json"))
         )
-        for weights in (*reference.glob("weights*"), *layout.glob("weights*")):
+        for weights in (*reference.glob("weights*"), *ours.glob("weights*")):
             weights.unlink()
 
     def _plan(self, note: Callable[[str], None]) -> None:

@@ -29,10 +29,9 @@ def build(config: Config, seed: int | None = None) -> PreTrainedModel:
     """
     torch.manual_seed(config.seed if seed is None else seed)
     architecture = pretrained_config(config)
-    load = config.model.name_or_path is not None and config.model.pretrained
     arguments = {"attn_implementation": config.sp.attention, "dtype": torch.float32}
     try:
-        if load:
+        if config.model.name_or_path is not None and config.model.pretrained:
             model = AutoModelForCausalLM.from_pretrained(
                 config.model.name_or_path,
                 config=architecture,

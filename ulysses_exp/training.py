@@ -52,7 +52,7 @@ def optimizer(config: Config, model: PreTrainedModel) -> torch.optim.Optimizer:
 def build_engine(config: Config, model: PreTrainedModel, mpu: Any) -> deepspeed.DeepSpeedEngine:
     """Wraps `model` in DeepSpeed with the configured optimizer and schedule; `mpu` is None where sp is 1."""
     if config.train.precision == "bf16":
-        model.to(torch.bfloat16)
+        model.bfloat16()
     steps = optimizer(config, model)
     schedule = get_scheduler(config.optim.schedule, steps, config.optim.warmup_steps, config.train.steps)
     engine, *_ = deepspeed.initialize(

@@ -62,11 +62,12 @@ def _rank(task: Task, nodes: int) -> None:
         RANK=str(here.global_rank), LOCAL_RANK=str(here.local_rank), WORLD_SIZE=str(here.num_tasks),
         LOCAL_WORLD_SIZE=str(here.num_tasks // nodes),
     )  # fmt: skip
-    from torch.distributed import FileStore, TCPStore
+    from torch.distributed import FileStore, Store, TCPStore
 
     import ulysses_exp.preload  # noqa: F401
     from ulysses_exp.worker import run
 
+    store: Store
     if nodes == 1:
         store = FileStore(str(task.results / "meeting"), here.num_tasks)
     else:

@@ -51,8 +51,8 @@ def attention_pairs(config: Any, seq_len: int) -> float:
     window = getattr(text, "sliding_window", None)
     pairs = 0.0
     for layer in range(text.num_hidden_layers):
-        local = window is not None and (types is None or types[layer] == "sliding_attention")
-        reach = min(window, seq_len) if local else seq_len
+        local = types is None or types[layer] == "sliding_attention"
+        reach = min(window, seq_len) if local and window is not None else seq_len
         pairs += reach * (reach + 1) / 2 + (seq_len - reach) * reach
     return pairs
 
