@@ -15,13 +15,13 @@ from ulysses_exp.attention import ulysses
 
 
 def _state(model: torch.nn.Module) -> list[object]:
+    hooks = (*model._forward_pre_hooks.values(), *model._forward_hooks.values())  # DeepSpeed's engine leaves its own
     return [
         ALL_ATTENTION_FUNCTIONS["sdpa"], dict(ALL_ATTENTION_FUNCTIONS._local_mapping),
         ALL_MASK_ATTENTION_FUNCTIONS["sdpa"], dict(ALL_MASK_ATTENTION_FUNCTIONS._local_mapping),
         parallel_state._SEQUENCE_PARALLEL_GROUP, parallel_state._SEQUENCE_DATA_PARALLEL_GROUP,
         deepspeed.utils.groups.mpu, dict(deepspeed.sequence.layer._all_to_all_groups),
-        [h for h in (*model._forward_pre_hooks.values(), *model._forward_hooks.values()) if "ulysses_exp" in h.__module__],
-        "generate" in model.__dict__,  # hooks: DeepSpeed's engine leaves some of its own
+        [h for h in hooks if "ulysses_exp" in h.__module__], "generate" in model.__dict__,
         [m.num_key_value_groups for m in model.modules() if hasattr(m, "num_key_value_groups")],
     ]  # fmt: skip
 
