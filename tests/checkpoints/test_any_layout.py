@@ -142,6 +142,7 @@ def test_each_rank_draws_the_same_random_numbers_again(tmp_path: Path) -> None:
 
 def save_on_a_full_disk(folder: Path, layout: Layout) -> str:
     with engine(layout) as made:
+        steps(made, layout, 0, 1)  # so that there are states, and files for rank 1
         checkpoints.save(made, folder / "step1", layout=layout, step=1, state={})
         if dist.get_rank() == 1:
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

@@ -6,8 +6,8 @@ A checkpoint is a folder `step<N>`:
     portable/      full fp32 weights and each optimizer state by parameter name, as safetensors
     huggingface/   the weights in the type they are trained in, for `from_pretrained`
 
-Routes. `portable` opens every layout's checkpoint in every layout (benchmarks/results/reload_matrix.md: bit-exact in all
-576 cells; DeepSpeed's `load_checkpoint`: in 106), at the same layout included, in about the time that DeepSpeed takes
+Routes. `portable` opens every layout's checkpoint in every layout (benchmarks/results/reload_matrix.md: bit-exact in
+all 576 cells; DeepSpeed's `load_checkpoint`: in 106), at the same layout included, in about the time that DeepSpeed takes
 for its own (benchmarks/results/checkpoint_io.md). So nothing is lost by what is left out: DeepSpeed's own files beside
 it, which would double the bytes and are pickled, and its universal checkpoints, which need a conversion and, under
 sequence parallelism, two patches of DeepSpeed, and still lead neither from nor to ZeRO 0. `direct` is left for
