@@ -63,20 +63,12 @@ def run(
             tags=config.stages,
             on_warning=progress.note,
         )
-        with tracker, following(folder / "metrics.jsonl", progress, tracker):
+        with tracker:
             try:
-                for stage in config.stages:
-                    if stage in job.results["stages"]:  # brought by the task of an earlier stage
-                        continue
-                    progress.start(stage, config.train.steps if stage == "train" else None)
-                    job.run_stage(stage, progress.note)
-                    job.write()
-            except KeyboardInterrupt:
-                job.interrupt()
-                raise
+                with following(folder / "metrics.jsonl", progress, tracker):
+                    job.run(progress)
             finally:
-                job.finish()
-        tracker.finish(job.results, failed=job.results["status"] != "ok")
+                tracker.finish(job.results, failed=job.results["status"] != "ok")
     summary(job.results, folder, console, tracker.how_to_open)
     return job.results
 
@@ -103,6 +95,22 @@ class Job:
             "stages": {},
         }
         self._main: Task | None = None
+
+    def run(self, progress: Progress) -> None:
+        """All stages in order. Raises KeyboardInterrupt after results.json says so."""
+        try:
+            for stage in self.config.stages:
+                if stage in self.results["stages"]:  # brought by the task of an earlier stage
+                    continue
+                progress.start(stage, self.config.train.steps if stage == "train" else None)
+                self.run_stage(stage, progress.note)
+                self.write()
+        except KeyboardInterrupt:
+            self._collect()
+            self.results.update(status="interrupted", error="interrupted")
+            raise
+        finally:
+            self.finish()
 
     # -- stages -----------------------------------------------------------------------------------------------
 
@@ -281,11 +289,6 @@ class Job:
         self.results.update(_read_if_there(task.results / "session.json"))
 
     # -- results.json -----------------------------------------------------------------------------------------
-
-    def interrupt(self) -> None:
-        """Says that the user stopped the job."""
-        self._collect()
-        self.results.update(status="interrupted", error="interrupted")
 
     def finish(self) -> None:
         """Settles the status and writes results.json for the last time."""

@@ -270,9 +270,7 @@ def parity(runs: list[Run]) -> Figure | None:
         style = series(index) | {"linestyle": ""}
         rows = [row + (index - 1) * 0.2 for row in range(len(compared))]
         axes.plot(values, rows, label=name, **style)
-    tolerances = {run.setting("parity.tolerance") or (2e-2 if run.setting("train.precision") == "bf16" else 1e-6)
-                  for _, run in compared}  # fmt: skip
-    _difference_axis(axes, "x", max(tolerances))
+    _difference_axis(axes, "x", max(run.figure("parity.tolerance") or 1e-6 for _, run in compared))
     axes.set_yticks(range(len(compared)), [label for label, _ in compared])
     axes.invert_yaxis()
     axes.set_xlabel(f"largest relative difference to {compared[0][1].figure('parity.reference')}")
