@@ -24,8 +24,8 @@ def tile_mlps(model: PreTrainedModel, tiles: int) -> None:
         ConfigError: a decoder layer has no dense MLP named `mlp`, as transformers' Llama-like models do.
     """
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    mlps = [getattr(layer, "mlp", None) for layer in layers]
-    if not mlps or not all(hasattr(mlp, "down_proj") for mlp in mlps):
+    mlps = [layer.mlp for layer in layers if hasattr(getattr(layer, "mlp", None), "down_proj")]
+    if not mlps or len(mlps) < len(layers):
         raise ConfigError(
             "memory.tiled_mlp", f"{type(model).__name__} has layers without a dense MLP", "set memory.tiled_mlp=0"
         )
