@@ -7,12 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import deepspeed
 import pytest
 import torch
 from checkpoint_ranks import run
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_engine import Recipe, engine, steps
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from ulysses_exp import checkpoints
 from ulysses_exp.layout import Layout
@@ -51,8 +53,6 @@ CASES = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_opens_without_deepspeed(name: str, tmp_path: Path) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     layout, recipe = Layout.parse(CASES[name][0]), CASES[name][1]
     folder = tmp_path / "step1"
     generated = run(layout.world, train_and_save, folder, layout, recipe)[0]
@@ -111,3 +111,37 @@ def test_portable_files_hold_the_full_tensors_by_name(tmp_path: Path) -> None:
         assert {name: tuple(file.get_slice(name).get_shape()) for name in weights} == {
             name: tuple(tensor.shape) for name, tensor in weights.items()
         }
+
+
+SMALL = {
+    "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "intermediate_size": 64,
+}  # fmt: skip
+FAMILIES: dict[str, dict[str, int]] = {
+    "gemma3_text": {**SMALL, "head_dim": 8},
+    "gpt2": {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4},
+    "mixtral": {**SMALL, "num_local_experts": 4},  # experts are one tensor in memory, many in published checkpoints
+    "deepseek_v3": {
+        **SMALL, "n_routed_experts": 4, "moe_intermediate_size": 16, "n_group": 1, "topk_group": 1,
+        "num_experts_per_tok": 2, "first_k_dense_replace": 1, "q_lora_rank": 8, "kv_lora_rank": 8,
+        "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8,
+    },  # has a buffer that is trained without gradients
+}  # fmt: skip
+
+
+def export_family(folder: Path, family: str, zero: int) -> None:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **FAMILIES[family]))
+    expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": zero}}
+    made, *_ = deepspeed.initialize(model=model, optimizer=torch.optim.AdamW(model.parameters()), config=config)
+    checkpoints.export_huggingface(made, folder)
+    opened, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(report.values()), report
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in opened.state_dict().items())
+    made.destroy()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_other_families(family: str, tmp_path: Path) -> None:
+    run(2, export_family, tmp_path / "export", family, 3)

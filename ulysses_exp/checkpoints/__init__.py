@@ -7,10 +7,10 @@ A checkpoint is a folder `step<N>`:
     huggingface/   the weights in the type they are trained in, for `from_pretrained`
 
 Routes. `portable` opens every layout's checkpoint in every layout (benchmarks/results/reload_matrix.md: bit-exact in
-all 576 cells; DeepSpeed's `load_checkpoint`: in 106), at the same layout included, in about the time that DeepSpeed takes
-for its own (benchmarks/results/checkpoint_io.md). So nothing is lost by what is left out: DeepSpeed's own files beside
-it, which would double the bytes and are pickled, and its universal checkpoints, which need a conversion and, under
-sequence parallelism, two patches of DeepSpeed, and still lead neither from nor to ZeRO 0. `direct` is left for
+all 576 cells; DeepSpeed's `load_checkpoint`: in 106), at the same layout included, in about the time that DeepSpeed
+takes for its own (benchmarks/results/checkpoint_io.md). So nothing is lost by what is left out: DeepSpeed's own files
+beside it, which would double the bytes and are pickled, and its universal checkpoints, which need a conversion and,
+under sequence parallelism, two patches of DeepSpeed, and still lead neither from nor to ZeRO 0. `direct` is left for
 checkpoints that DeepSpeed wrote elsewhere, on trust (deepspeed_files.py).
 
 torch.distributed.checkpoint was not taken: DeepSpeed's flat partitions are no DTensors, so it would have to be told of
