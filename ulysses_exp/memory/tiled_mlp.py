@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -24,7 +25,7 @@ def tile_mlps(model: PreTrainedModel, tiles: int) -> None:
         ConfigError: a decoder layer has no dense MLP named `mlp`, as transformers' Llama-like models do.
     """
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    mlps = [layer.mlp for layer in layers if hasattr(getattr(layer, "mlp", None), "down_proj")]
+    mlps: list[Any] = [layer.mlp for layer in layers if hasattr(getattr(layer, "mlp", None), "down_proj")]
     if not mlps or len(mlps) < len(layers):
         raise ConfigError(
             "memory.tiled_mlp", f"{type(model).__name__} has layers without a dense MLP", "set memory.tiled_mlp=0"
