@@ -1,0 +1,40 @@
+"""The installed package holds what the checkout does, and runs from any folder."""
+
+import subprocess
+import sys
+import tomllib
+import venv
+from pathlib import Path
+
+from conftest import ROOT
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def test_every_package_is_listed():
+    folders = {str(p.parent.relative_to(ROOT)).replace("/", ".") for p in (ROOT / "ulysses_exp").glob("**/__init__.py")}
+    assert set(PROJECT["tool"]["setuptools"]["packages"]) == folders | {"ulysses_exp.conf"}
+
+
+def test_the_installed_command_works_without_the_checkout(tmp_path: Path):
+    """In an environment of its own that sees this one's dependencies, but not this checkout."""
+    venv.create(tmp_path / "env", with_pip=False)
+    python = tmp_path / "env" / "bin" / "python"
+    (site,) = (tmp_path / "env").glob("lib/python*/site-packages")
+    built = subprocess.run(
+        [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site), str(ROOT)],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert built.returncode == 0, built.stderr
+    assert (site / "ulysses_exp" / "conf" / "model" / "tiny_llama.yaml").exists()
+    ours = next(Path(p) for p in sys.path if p.endswith("site-packages"))
+    (site / "dependencies.pth").write_text(f"import sys; sys.path.append({str(ours)!r})\n")
+    done = subprocess.run(
+        [str(python), "-c", "from ulysses_exp.cli import main; main()", "sp.size=3"],
+        capture_output=True, text=True, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 2 and "sp.size" in done.stderr, done.stderr
+    asked = subprocess.run(
+        [str(python), "-c", "import ulysses_exp.cli as c; print(c.CONF)"], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert asked.stdout.strip() == str(site / "ulysses_exp" / "conf")
