@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+import functools
+import json
 from dataclasses import dataclass
 from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 
 @dataclass(frozen=True)
 class StepFlops:
-    """For the whole global batch, each token once. `model`: every operation once, causal pairs only, forward and
-    backward. `hardware`: with what is computed again."""
+    """For the whole global batch, each token once, of all ranks together.
+
+    `model`: every operation once, visible pairs of tokens only, forward and backward. `hardware`: with what the memory
+    savers compute again.
+    """
 
     model: float
     hardware: float
 
 
-#: Dense peak in FLOP/s without sparsity, by a part of torch's device name; from NVIDIA's data sheets (H100: "NVIDIA
-#: H100 Tensor Core GPU", H200, A100 80GB, L40S, B200 likewise). fp32 is what torch does by default: no TF32.
+#: Dense peak in FLOP/s without sparsity, by a part of torch's device name; SXM parts, from NVIDIA's data sheets
+#: ("NVIDIA H100 Tensor Core GPU", "H200", "A100", "L40S", "DGX B200"; those print the rate with sparsity, twice this).
+#: fp32 is what torch does by default: no TF32.
 PEAK = {
     "H200": {"bf16": 989e12, "fp32": 67e12},
     "H100": {"bf16": 989e12, "fp32": 67e12},
@@ -28,45 +39,139 @@ PEAK = {
 
 def peak_flops(device_name: str, precision: str) -> float | None:
     """Peak FLOP/s of one device; None for CPUs and devices that the table lacks."""
+    if "PCIe" in device_name or " NVL" in device_name:  # slower than the SXM parts of the same name
+        return None
     return next((row[precision] for name, row in PEAK.items() if name in device_name), None)
 
 
-def matmul_parameters(config: Any) -> float:
-    """Weights that every token is multiplied with: projections, MLP and output head, no embedding table.
+@dataclass(frozen=True)
+class AttentionLayer:
+    """One layer's core attention: query heads, the sizes of a query and of a value head, and how far a token sees."""
 
-    Holds for decoders with a gated MLP (llama, mistral, qwen, gemma).
+    heads: int
+    head_dim: int
+    value_dim: int
+    window: int | None
+
+    def flops(self, seq_len: int) -> float:
+        """Of the forward over one sequence: scores and values, 2 operations a pair and dimension each."""
+        return 2.0 * pairs(seq_len, self.window) * self.heads * (self.head_dim + self.value_dim)
+
+
+@dataclass(frozen=True)
+class ForwardFlops:
+    """What a forward computes: operations a token of all linear layers, of the MLPs and the head alone, attention."""
+
+    linear: float
+    mlp: float
+    head: float
+    attention: tuple[AttentionLayer, ...]
+
+
+def pairs(seq_len: int, window: int | None) -> float:
+    """Pairs of a query and a key that it sees: T (T + 1) / 2, or with a window of W tokens W each after the first W."""
+    reach = seq_len if window is None else min(window, seq_len)
+    return reach * (reach + 1) / 2 + (seq_len - reach) * float(reach)
+
+
+def forward_flops(architecture: PretrainedConfig) -> ForwardFlops:
+    """Counts a forward of the configured model with torch's flop counter, on the meta device: no memory, no arithmetic.
+
+    A mixture of experts counts what a token's own experts compute.
     """
-    text = config.get_text_config()
-    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    attention = text.hidden_size * head * 2 * (text.num_attention_heads + kv_heads)
-    mlp = 3 * text.hidden_size * getattr(text, "intermediate_size", 4 * text.hidden_size)
-    return text.num_hidden_layers * (attention + mlp) + text.hidden_size * text.vocab_size
+    text = architecture.get_text_config()
+    return _counted(architecture.model_type, json.dumps(text.to_diff_dict(), sort_keys=True, default=str), _Same(text))
 
 
-def attention_pairs(config: Any, seq_len: int) -> float:
-    """Query-key pairs of a sequence over all layers, causal: T (T + 1) / 2, less where a layer sees a window."""
-    text = config.get_text_config()
-    types = getattr(text, "layer_types", None)
-    window = getattr(text, "sliding_window", None)
-    pairs = 0.0
-    for layer in range(text.num_hidden_layers):
-        local = types is None or types[layer] == "sliding_attention"
-        reach = min(window, seq_len) if local and window is not None else seq_len
-        pairs += reach * (reach + 1) / 2 + (seq_len - reach) * reach
-    return pairs
+class _Same:
+    """An argument that a cache does not look at."""
+
+    def __init__(self, value: Any):
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same)
+
+    def __hash__(self) -> int:
+        return 0
 
 
-def step_flops(config: Any, *, seq_len: int, sequences: int, recompute: bool) -> StepFlops:
+@functools.cache
+def _counted(model_type: str, key: str, architecture: _Same) -> ForwardFlops:
+    tokens = 16
+    layers: list[AttentionLayer] = []
+
+    def attention(module: Any, query: Any, key: Any, value: Any, mask: Any, *args: Any, **kwargs: Any) -> Any:
+        """Notes the shapes, [batch, heads, tokens, dim], and computes nothing: its share grows with the square."""
+        window = kwargs.get("sliding_window") or _window_of(module)
+        layers.append(AttentionLayer(query.shape[1], query.shape[3], value.shape[3], window))
+        return value.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3]), None
+
+    name = "ulysses_exp_flops"
+    ALL_ATTENTION_FUNCTIONS.register(name, attention)  # transformers makes no mask for a name that it does not know
+    config = architecture.value.__class__.from_dict(architecture.value.to_dict())
+    custom = {torch.ops.aten._grouped_mm: _grouped_mm_flops}
+    with torch.random.fork_rng(devices=[]), torch.device("meta"), torch.no_grad():
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=name, dtype=torch.bfloat16)
+        positions = torch.arange(tokens)[None]
+        with FlopCounterMode(display=False, depth=1, custom_mapping=custom) as counter:
+            model(
+                input_ids=torch.zeros(1, tokens, dtype=torch.long),
+                position_ids=positions,
+                attention_mask=None,
+                use_cache=False,
+            )
+    embedding = model.get_output_embeddings()
+    mlps = {m for n, m in model.named_modules() if n.rpartition(".")[2] == "mlp" and hasattr(m, "down_proj")}
+    return ForwardFlops(
+        linear=counter.get_total_flops() / tokens,
+        mlp=sum(2.0 * p.numel() for m in mlps for p in m.parameters() if p.dim() == 2),
+        head=2.0 * embedding.weight.numel(),
+        attention=tuple(layers),
+    )
+
+
+def _grouped_mm_flops(a_shape: Any, b_shape: Any, *args: Any, **kwargs: Any) -> int:
+    """Rows of `a`, [rows, in], are sorted by expert; `b` is [experts, in, out]: each row meets one expert."""
+    return 2 * a_shape[0] * b_shape[1] * b_shape[2]
+
+
+def _window_of(module: Any) -> int | None:
+    config, index = getattr(module, "config", None), getattr(module, "layer_idx", None)
+    types = getattr(config, "layer_types", None)
+    if types and index is not None and types[index] == "sliding_attention":
+        return config.sliding_window  # type: ignore[union-attr]
+    return None
+
+
+def step_flops(
+    architecture: PretrainedConfig,
+    *,
+    seq_len: int,
+    sequences: int,
+    recompute: bool,
+    tiled_mlp: bool = False,
+    tiled_loss: bool = False,
+) -> StepFlops:
     """FLOPs of an optimizer step over `sequences` sequences of `seq_len` tokens.
 
-    A forward takes 2 operations a weight and token, and 4 a pair and head dimension (scores, then values); a backward
-    twice as many (Kaplan et al. 2020, arXiv 2001.08361, section 2.1, with the attention term exact and causal).
+    A backward takes twice as many as its forward: for matrix products, one for the input's and one for the weight's
+    gradient (Kaplan et al. 2020, arXiv 2001.08361, section 2.1). Norms, activation functions and the optimizer are not
+    counted, nor is the recomputation inside a flash-attention backward.
+
+    Args:
+        recompute: every decoder layer runs forward twice (activation checkpointing).
+        tiled_mlp: so does every MLP, once more within the layer's second run.
+        tiled_loss: so does the output head.
     """
-    text = config.get_text_config()
-    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    weights = 2 * matmul_parameters(config) * seq_len
-    scores = 4 * attention_pairs(config, seq_len) * text.num_attention_heads * head
-    forward = sequences * (weights + scores)
-    again = forward - sequences * 2 * text.hidden_size * text.vocab_size * seq_len if recompute else 0.0
-    return StepFlops(model=3 * forward, hardware=3 * forward + again)
+    once = forward_flops(architecture)
+    attention = sum(layer.flops(seq_len) for layer in once.attention)
+    forward = once.linear * seq_len + attention
+    again = 0.0
+    if recompute:
+        again += forward - once.head * seq_len
+    if tiled_mlp:
+        again += once.mlp * seq_len
+    if tiled_loss:
+        again += once.head * seq_len
+    return StepFlops(model=3 * forward * sequences, hardware=(3 * forward + again) * sequences)
