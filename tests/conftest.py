@@ -9,8 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).resolve().parent.parent
+from checkout import ROOT
 
 
 @pytest.fixture(scope="session")
@@ -25,9 +24,3 @@ def command() -> Callable[..., subprocess.CompletedProcess[str]]:
         )  # fmt: skip
 
     return run
-
-
-def only_run(folder: Path) -> Path:
-    """The one run folder below `folder`."""
-    (results,) = folder.glob("outputs/**/results.json")
-    return results.parent

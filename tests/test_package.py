@@ -6,7 +6,7 @@ import tomllib
 import venv
 from pathlib import Path
 
-from conftest import ROOT
+from checkout import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 

@@ -3,7 +3,7 @@
 import sys
 
 import pytest
-from conftest import ROOT
+from checkout import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import parity

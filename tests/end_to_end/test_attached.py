@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, only_run
+from checkout import ROOT, only_run
 
 QUICK = ["sp.size=2", "zero.stage=3", "train.steps=3", "train.seq_len=64", "tracker.mode=disabled", "device=cpu",
          "reload.layouts=[sp1-dp1-z0,sp2-dp1-z2]"]  # fmt: skip

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, only_run
+from checkout import ROOT, only_run
 
 
 def children(pid: int) -> list[int]:

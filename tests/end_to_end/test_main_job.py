@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, only_run
+from checkout import ROOT, only_run
 
 QUICK = ["train.steps=5", "train.seq_len=128", "device=cpu"]
 CHECK = ROOT.parent / "shared" / "contract_check.py"

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from conftest import only_run
+from checkout import only_run
 
 QUICK = ["stages=[train]", "train.seq_len=64", "tracker.mode=disabled", "device=cpu", "optim.schedule=cosine",
          "optim.warmup_steps=2"]  # fmt: skip

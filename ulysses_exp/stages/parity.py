@@ -44,6 +44,10 @@ def trajectory(session) -> dict[str, Any]:
     return {"loss": losses, "grad_norm": norms}
 
 
+#: Weights that start at zero (Gemma's norms, which it adds to 1) are tiny for a while and have no scale of their own.
+_LEAST_SCALE = 1e-2
+
+
 @dataclass(frozen=True)
 class Difference:
     """Where a layout first leaves the reference."""
@@ -71,7 +75,7 @@ def compare(config: Config, reference: Path, layout: Path, runs: tuple[dict, dic
 
     Returns:
         The `parity` entry of results.json: a row a step, the largest differences, and the first one beyond tolerance.
-        A weight tensor's difference is the largest absolute one over the largest absolute weight of the tensor.
+        A weight tensor's difference is the largest absolute one over its largest absolute weight (at least 1e-2).
     """
     tolerance, weight_tolerance = tolerances(config)
     rows: list[dict[str, Any]] = []
@@ -118,7 +122,7 @@ def _worst_weight(reference: Path, layout: Path, step: int) -> tuple[str, float]
         raise RuntimeError(f"parameters differ between layouts: {sorted(ours.keys() ^ theirs.keys())[:3]}")
     worst, largest = "", -1.0
     for name, tensor in theirs.items():
-        scale = max(float(np.abs(tensor).max()), 1e-30)
+        scale = max(float(np.abs(tensor).max()), _LEAST_SCALE)
         difference = float(np.abs(ours[name] - tensor).max()) / scale
         if not difference <= largest:  # also for NaN
             worst, largest = name, difference
