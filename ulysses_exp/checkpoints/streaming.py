@@ -51,13 +51,15 @@ def write(shards: list[Shard], fragments: list[Fragment], folder: Path) -> dict[
     mine = {(f.kind, f.name): f for f in fragments}
     index = {(t.kind, t.name): i for i, t in enumerate(t for shard in shards for t in shard.tensors)}
     digests = [0] * len(index)
+    buffers: list[torch.Tensor] = []
     writing: Future[None] | None = None
     with ThreadPoolExecutor(1) as disk, _Files(folder) as files:
         for shard in shards:
             if shard.writer == rank:
                 writing = disk.submit(files.write, shard, np.frombuffer(shard.header(), np.uint8), 0)
         # the other ranks' pieces in an order that all agree on, so that sends and receives meet
-        for round_ in zip_longest(*(_pieces(shards, writer) for writer in range(dist.get_world_size()))):
+        rounds = zip_longest(*(_pieces(shards, writer) for writer in range(dist.get_world_size())))
+        for number, round_ in enumerate(rounds):
             incoming: torch.Tensor | None = None
             messages: list[dist.P2POp] = []
             for writer, piece in enumerate(round_):
@@ -80,11 +82,11 @@ def write(shards: list[Shard], fragments: list[Fragment], folder: Path) -> dict[
                         elif end - begin == piece.numel:
                             incoming = host
                         else:
-                            incoming = _buffer(incoming, piece, device)
+                            incoming = _buffer(buffers, number, piece, device)
                             place = (begin - piece.start) * itemsize
                             incoming[place : place + len(view)].copy_(view)
                     elif writer == rank:
-                        incoming = _buffer(incoming, piece, device)
+                        incoming = _buffer(buffers, number, piece, device)
                         place = slice((begin - piece.start) * itemsize, (end - piece.start) * itemsize)
                         messages.append(dist.P2POp(dist.irecv, incoming[place], part.rank))
             for message in dist.batch_isend_irecv(messages) if messages else ():
@@ -114,10 +116,11 @@ def all_reduce_digests(mine: list[int]) -> list[str]:
     return [to_hex(d) for d in shares.tolist()]
 
 
-def _buffer(incoming: torch.Tensor | None, piece: _Piece, device: torch.device) -> torch.Tensor:
-    if incoming is not None:
-        return incoming
-    return torch.empty(piece.numel * piece.tensor.dtype.itemsize, dtype=torch.uint8, device=device)
+def _buffer(buffers: list[torch.Tensor], number: int, piece: _Piece, device: torch.device) -> torch.Tensor:
+    """Where round `number` receives its piece: two take turns, since the one before is still being written."""
+    if not buffers:
+        buffers += torch.empty(2, PIECE_BYTES, dtype=torch.uint8, device=device).unbind()
+    return buffers[number % 2][: piece.numel * piece.tensor.dtype.itemsize]
 
 
 def _pieces(shards: list[Shard], writer: int) -> Iterator[_Piece]:
