@@ -98,6 +98,7 @@ class Job:
 
     def run(self, progress: Progress) -> None:
         """All stages in order. Raises KeyboardInterrupt after results.json says so."""
+        log.info("%s at %s, stages %s", self.config.model.name, self.config.layout, ", ".join(self.config.stages))
         try:
             for stage in self.config.stages:
                 if stage in self.results["stages"]:  # brought by the task of an earlier stage
@@ -130,7 +131,9 @@ class Job:
             log.exception("stage %s failed", stage)
             reason = f"{type(error).__name__}: {error} (a defect of ulysses-exp; the trace is in run.log)"
             self.results["stages"][stage] = {"status": "failed", "reason": reason}
-        self.results["stages"][stage].setdefault("seconds", round(time.perf_counter() - began, 3))
+        result = self.results["stages"][stage]
+        result.setdefault("seconds", round(time.perf_counter() - began, 3))
+        log.info("stage %s: %s", stage, result["status"])
 
     def _train(self, note: Callable[[str], None]) -> None:
         """Training, and what the same engine can do afterwards: evaluation, and the steps that reloads compare with."""
@@ -140,7 +143,7 @@ class Job:
         if "reload" in self.config.stages and self.config.reload.steps:
             work.append("continuation")
         self._main = Task("main", self.config, tuple(work), self.folder, self._source_options())
-        self.ranks.run(self._main)
+        self._do(self._main)
         self._collect()
 
     def _eval(self, note: Callable[[str], None]) -> None:
@@ -150,8 +153,7 @@ class Job:
         self._needs("train")
         task = Task("eval", self.config, ("eval",), self.folder, self._source_options())
         self._main = self._main or task
-        self.ranks.run(task)
-        self._describe(task)
+        self._do(task)
         self.results["stages"]["eval"] = _read(task.results / "eval.json")
 
     def _reload(self, note: Callable[[str], None]) -> None:
@@ -183,12 +185,11 @@ class Job:
         task = Task(f"reload-{target.name}", self.config.at(target), ("reload",), self.folder, options)
         began = time.perf_counter()
         try:
-            self.ranks.run(task)
+            self._do(task)
         except RankFailure as error:
             log.error("reload %s failed: %s\n%s", target, error, error.trace)
             return {"route": "portable", "status": "failed", "reason": str(error), "weights_bit_exact": None,
                     "optimizer_bit_exact": None, "seconds": time.perf_counter() - began}  # fmt: skip
-        self._describe(task)
         cell = _read(task.results / "reload.json")
         return judged(cell, source.continuation, CONTINUATION_TOLERANCE[self.config.train.precision])
 
@@ -229,8 +230,7 @@ class Job:
         for name, layout in (("parity-reference", one), ("parity-layout", self.config.layout)):
             note(f"{name.replace('-', ' ')}: {layout}")
             tasks.append(Task(name, self.config.at(layout), ("trajectory",), self.folder))
-            self.ranks.run(tasks[-1])
-            self._describe(tasks[-1])
+            self._do(tasks[-1])
         reference, ours = (task.results for task in tasks)
         self.results["stages"]["parity"] = parity.compare(
             self.config, reference, ours, (_read(reference / "trajectory.json"), _read(ours / "trajectory.json"))
@@ -244,6 +244,14 @@ class Job:
         self.results["stages"]["plan"] = plan(self.config)
 
     # -- what stages share ------------------------------------------------------------------------------------
+
+    def _do(self, task: Task) -> None:
+        """Has the ranks run `task`. Raises RankFailure."""
+        log.info("task %s: %s at %s", task.name, ", ".join(task.work), task.layout)
+        began = time.perf_counter()
+        self.ranks.run(task)
+        log.info("task %s: done in %.2f s", task.name, time.perf_counter() - began)
+        self._describe(task)
 
     def _needs(self, stage: str) -> None:
         entry = self.results["stages"].get(stage)
@@ -269,8 +277,7 @@ class Job:
             note(f"continuing {run_folder.name} at {layout} for comparison")
             task = Task("continuation", self.config.at(layout), ("continuation",), self.folder,
                         {"checkpoint": str(checkpoint)})  # fmt: skip
-            self.ranks.run(task)
-            self._describe(task)
+            self._do(task)
             losses = _read(task.results / "continuation.json")["loss"]
         return Source(checkpoint, layout, False, losses)
 
