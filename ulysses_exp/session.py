@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,7 @@ class Session:
             return tensor
         return tensor.pin_memory().to(self.device, non_blocking=True)
 
-    def log(self, step: int, metrics: dict[str, float]) -> None:
+    def log(self, step: int, metrics: Mapping[str, float | None]) -> None:
         """A line of metrics.jsonl, written now. Rank 0 only; the parent shows it and hands it to the tracker."""
         if self.rank == 0:
             with (self.task.folder / "metrics.jsonl").open("a") as file:

@@ -118,10 +118,10 @@ class Tracker:
         if kind is not None:
             self.finish({}, failed=True)
 
-    def log(self, metrics: dict[str, float], step: int) -> None:
-        """Logs `metrics` (names of CONTRACT section 4) at optimizer step `step`. Returns at once."""
+    def log(self, metrics: Mapping[str, float | None], step: int) -> None:
+        """Logs `metrics` (names as in metrics.jsonl) at optimizer step `step`. Returns at once."""
         if self._mode != "disabled" and not self._finished:
-            numbers = {key: value for key, value in metrics.items() if _is_number(value)}
+            numbers = {key: value for key, value in metrics.items() if value is None or _is_number(value)}
             self._queue.put(lambda: self._log(numbers, step))
 
     def log_media(self, pictures: Mapping[str, Path], columns: list[str], rows: list[list[Any]]) -> None:
@@ -224,7 +224,7 @@ class Tracker:
             run.define_metric(metric, step_metric="step", summary=summary)
         return run
 
-    def _log(self, metrics: Mapping[str, float], step: int) -> None:
+    def _log(self, metrics: Mapping[str, float | None], step: int) -> None:
         self._run.log({**metrics, "step": step}, step=max(step, self._run.step))
 
     def _log_media(self, pictures: Mapping[str, Path], columns: list[str], rows: list[list[Any]]) -> None:

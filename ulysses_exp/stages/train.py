@@ -79,10 +79,10 @@ def train(session: Session) -> dict[str, Any]:
     }
 
 
-def metrics(session: Session, step: Step, work: flops.StepFlops, peak: float | None) -> dict[str, float]:
-    """One line of metrics.jsonl, names as in the contract."""
+def metrics(session: Session, step: Step, work: flops.StepFlops, peak: float | None) -> dict[str, float | None]:
+    """One line of metrics.jsonl, under the names that the tracker shows."""
     world = session.layout.world
-    line = {
+    line: dict[str, float | None] = {
         "train/loss": step.loss,
         "train/grad_norm": step.grad_norm,
         "train/learning_rate": step.learning_rate,
@@ -96,9 +96,9 @@ def metrics(session: Session, step: Step, work: flops.StepFlops, peak: float | N
         "comm/all_to_all_bytes": step.all_to_all_bytes,
         "comm/all_to_all_calls": step.all_to_all_calls,
     }
-    if peak:
-        line["perf/mfu"] = work.model / step.seconds / world / peak
-        line["perf/hfu"] = work.hardware / step.seconds / world / peak
+    # null where the device's peak is not known, as on CPUs
+    line["perf/mfu"] = work.model / step.seconds / world / peak if peak else None
+    line["perf/hfu"] = work.hardware / step.seconds / world / peak if peak else None
     return line
 
 
