@@ -1,0 +1,1 @@
+"""What a layout needs and takes, without running it."""
