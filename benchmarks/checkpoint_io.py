@@ -91,7 +91,8 @@ def main() -> int:
     rows = []
     for name in arguments.layouts.split(","):
         layout = Layout.parse(name)
-        with tempfile.TemporaryDirectory(dir=ROOT) as folder:
+        (ROOT / "outputs").mkdir(exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=ROOT / "outputs") as folder:  # /tmp may be memory
             rows.append(run(layout.world, measure, Path(folder), layout, recipe, arguments.repeats, timeout=900)[0])
         print(_line(rows[-1]), flush=True)
     report = {
