@@ -68,8 +68,10 @@ def long_job(tmp_path):
         if alive(pid):
             os.kill(pid, signal.SIGKILL)
     job.process.wait()
-    time.sleep(0.5)  # the resource tracker removes semaphores after its owners have ended
-    assert not set(os.listdir("/dev/shm")) - before
+    end = time.monotonic() + 5  # the resource tracker removes semaphores after their owners have ended
+    while (left := set(os.listdir("/dev/shm")) - before) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert not left
 
 
 def test_a_killed_rank_ends_the_job_and_is_named(long_job, tmp_path):

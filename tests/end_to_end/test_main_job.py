@@ -109,7 +109,8 @@ def test_the_offline_run_is_readable_by_wandb(job):
     done = subprocess.run([wandb, "leet", "inspect", "--json", str(run)], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     for name in ("train/loss", "train/grad_norm", "train/learning_rate", "perf/tokens_per_second",
-                 "perf/tokens_per_second_per_rank", "perf/step_time_s", "perf/tflops_per_rank", "perf/mfu", "perf/hfu", "memory/peak_bytes_max",
+                 "perf/tokens_per_second_per_rank", "perf/step_time_s", "perf/tflops_per_rank", "perf/mfu", "perf/hfu",
+                 "memory/peak_bytes_max",
                  "memory/peak_bytes_mean", "comm/all_to_all_bytes", "eval/bypass/loss", "eval/sp/loss",
                  "reload/seconds"):  # fmt: skip
         assert name in done.stdout, name
