@@ -40,7 +40,6 @@ class Source:
 
     checkpoint: Path
     layout: Layout
-    own: bool  # written by this job, so its pickled files are ours
     continuation: list[float] | None
 
 
@@ -179,7 +178,7 @@ class Job:
     def _reload_cell(self, source: Source, target: Layout) -> dict[str, Any]:
         options = {
             "checkpoint": str(source.checkpoint),
-            "trust_pickle": source.own or self.config.checkpoint.trust_pickle,
+            "trust_pickle": self.config.checkpoint.trust_pickle,
             "model_seed": self.config.seed + 1,  # other weights: a load that loads nothing cannot pass
         }
         task = Task(f"reload-{target.name}", self.config.at(target), ("reload",), self.folder, options)
@@ -267,11 +266,14 @@ class Job:
         train = self.results["stages"].get("train")
         if train is not None:
             losses = _read_if_there(self.folder / "ranks" / "main" / "continuation.json").get("loss")
-            return Source(self.folder / train["checkpoint"], self.config.layout, True, losses)
+            return Source(self.folder / train["checkpoint"], self.config.layout, losses)
         run_folder = Path(self.config.checkpoint.source or "").expanduser()
         checkpoint = _checkpoint_of(run_folder)
         results = _read_if_there(run_folder / "results.json")
-        layout = Layout.parse(_read(checkpoint / "manifest.json")["layout"])
+        try:
+            layout = Layout.parse(_read(checkpoint / "manifest.json")["layout"])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise StageFailure(f"{checkpoint / 'manifest.json'} is no checkpoint's manifest ({error})") from error
         losses = results.get("stages", {}).get("train", {}).get("continuation_loss")
         if (losses is None or len(losses) < self.config.reload.steps) and self.config.reload.steps:
             note(f"continuing {run_folder.name} at {layout} for comparison")
@@ -279,7 +281,7 @@ class Job:
                         {"checkpoint": str(checkpoint)})  # fmt: skip
             self._do(task)
             losses = _read(task.results / "continuation.json")["loss"]
-        return Source(checkpoint, layout, False, losses)
+        return Source(checkpoint, layout, losses)
 
     def _collect(self) -> None:
         """Takes over what the main task has left so far, also when a later part of it failed."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -20,6 +21,7 @@ class Corpus:
     name: str
     train: np.ndarray
     eval: np.ndarray
+    tokenizer: Any = None  # transformers', for the export; None where bytes are tokens
 
     @property
     def sha256(self) -> str:
@@ -59,12 +61,12 @@ def load_corpus(config: Config, vocab_size: int) -> Corpus:
         tokens = np.asarray(tokenizer(text)["input_ids"], dtype=np.int64)
     if tokens.max() >= vocab_size:
         raise ConfigError("data.tokenizer", f"has tokens beyond the model's {vocab_size}", "take the model's own: null")
-    return _split("python-reference", tokens)
+    return _split("python-reference", tokens, tokenizer)
 
 
-def _split(name: str, tokens: np.ndarray) -> Corpus:
+def _split(name: str, tokens: np.ndarray, tokenizer: Any = None) -> Corpus:
     cut = int(len(tokens) * (1 - HELD_OUT))
-    return Corpus(name, tokens[:cut], tokens[cut:])
+    return Corpus(name, tokens[:cut], tokens[cut:], tokenizer)
 
 
 def _tokenizer(config: Config):
@@ -112,5 +114,5 @@ def _hub(config: Config, tokenizer) -> Corpus:
         return np.concatenate(parts)
 
     if data.eval_split is None:
-        return _split(data.dataset, tokens(data.split))
-    return Corpus(data.dataset, tokens(data.split), tokens(data.eval_split))
+        return _split(data.dataset, tokens(data.split), tokenizer)
+    return Corpus(data.dataset, tokens(data.split), tokens(data.eval_split), tokenizer)

@@ -33,6 +33,8 @@ _BY_FILE = (
 #: The allocator of torch on CUDA hands out multiples of this (c10/cuda/CUDACachingAllocator.h, kMinBlockSize).
 CUDA_BLOCK = 512
 
+_COPIES = (torch.ops.aten.copy_.default, torch.ops.aten._to_copy.default)
+
 
 class Ledger(TorchDispatchMode):
     """Counts, while it is active, every storage that an operator makes until it is freed.
@@ -40,6 +42,7 @@ class Ledger(TorchDispatchMode):
     Attributes:
         peaks: by phase and device type, the largest number of live bytes and what it consisted of by kind.
         collectives: by phase, (operator, ranks in the group) -> [calls, bytes of the larger of input and output].
+        host_copies: bytes copied `to_host` and `to_device`.
         phase: the name under which what happens now is counted; set it freely.
     """
 
@@ -50,6 +53,7 @@ class Ledger(TorchDispatchMode):
         self.live: dict[str, Counter[str]] = defaultdict(Counter)
         self.peaks: dict[str, dict[str, Counter[str]]] = defaultdict(dict)
         self.collectives: dict[str, dict[tuple[str, int], list[int]]] = defaultdict(lambda: defaultdict(lambda: [0, 0]))
+        self.host_copies: Counter[str] = Counter()
         self._totals: Counter[str] = Counter()
         self._highest: dict[tuple[str, str], int] = {}
         self._storages: dict[int, tuple[str, str, int]] = {}
@@ -68,6 +72,8 @@ class Ledger(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         if isinstance(out, torch.Tensor):
             self._note(out)
+            if func in _COPIES:
+                self._copied(out, args)
         else:
             for tensor in tree_iter(out):
                 if isinstance(tensor, torch.Tensor):
@@ -133,6 +139,12 @@ class Ledger(TorchDispatchMode):
             if (kind := self._kind_of_code[code]) is not None:
                 return "parameters" if kind == "activations" and self.phase == "start" else kind
         return "buffers"
+
+    def _copied(self, out: torch.Tensor, args: tuple[Any, ...]) -> None:
+        source = args[1] if len(args) > 1 and isinstance(args[1], torch.Tensor) else args[0]
+        if source.device != out.device:
+            way = "to_host" if out.device.type == "cpu" else "to_device"
+            self.host_copies[way] += out.numel() * out.element_size()
 
     def _count(self, func: Any, args: tuple[Any, ...]) -> None:
         group = next((a for a in args if isinstance(a, torch.ScriptObject)), None)

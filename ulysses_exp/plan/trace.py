@@ -13,7 +13,7 @@ import os
 import pickle
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -33,7 +33,9 @@ class Trace:
     parameters_per_rank: int  # as DeepSpeed partitions them
     device: dict[str, dict[str, int]]  # by phase: what the device holds at its fullest, by kind (ledger.KINDS)
     host: dict[str, dict[str, int]]  # the same of host memory; empty where the device is the host
+    rest: dict[str, int]  # what the device holds between two steps, by kind
     collectives: list[tuple[str, int, int, int]]  # (operator, ranks, calls, bytes) of one optimizer step
+    host_copies: dict[str, int]  # bytes `to_host` and `to_device` in one optimizer step
     all_to_all_calls: int
     all_to_all_bytes: int  # that this rank sends to others in one optimizer step
 
@@ -50,7 +52,6 @@ class Request:
     config: Config
     layers: int
     gpu: bool
-    options: dict[str, Any] = field(default_factory=dict)
 
 
 def trace(request: Request) -> Trace:
@@ -120,6 +121,7 @@ def trace(request: Request) -> Trace:
             training.optimizer_step(session, 0)  # type: ignore[arg-type]
             _name_states(engine, ledger)
             ledger.collectives.clear()
+            ledger.host_copies.clear()
             mark = counter.now
             training.optimizer_step(session, 1)  # type: ignore[arg-type]
         calls, size = counter.since(mark)
@@ -131,7 +133,9 @@ def trace(request: Request) -> Trace:
             parameters_per_rank=own,
             device=_by_phase(ledger, device.type),
             host=_by_phase(ledger, "cpu") if request.gpu else {},
+            rest=dict(ledger.live[device.type]),
             collectives=_sum(ledger.collectives),
+            host_copies=dict(ledger.host_copies),
             all_to_all_calls=calls,
             all_to_all_bytes=size,
         )

@@ -108,7 +108,13 @@ def save(session: Session) -> Path:
     config = session.config
     state = {"seed": config.seed, "model": session.model, "data_sha256": session.corpus.sha256}
     checkpoints.save(
-        session.engine, folder, layout=session.layout, step=session.step, state=state, keep=config.checkpoint.keep
+        session.engine,
+        folder,
+        layout=session.layout,
+        step=session.step,
+        state=state,
+        keep=config.checkpoint.keep,
+        tokenizer=session.corpus.tokenizer,
     )
     return folder
 
