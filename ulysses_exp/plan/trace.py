@@ -212,7 +212,7 @@ def _name_states(engine: Any, ledger: Any) -> None:
             ledger.is_of(parameter.ds_tensor, "parameters")
     optimizer = engine.optimizer
     inner = getattr(optimizer, "optimizer", optimizer)
-    named = {  # flat tensors and lists of them, by what their names hold (stage_1_and_2.py, stage3.py, bf16_optimizer.py)
+    named = {  # flat tensors and lists of them, by what their names hold (runtime/zero/stage_1_and_2.py, stage3.py)
         "fp32": "optimizer",
         "master": "optimizer",
         "bit16": "parameters",
@@ -260,7 +260,7 @@ def _sum(collectives: dict[str, dict[tuple[str, int], list[int]]]) -> list[tuple
     return [(name, ranks, calls, size) for (name, ranks), (calls, size) in sorted(total.items())]
 
 
-def main() -> None:
+def serve() -> None:
     """Reads pickled requests from stdin, writes pickled traces to stdout; what the libraries print goes to stderr."""
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
@@ -271,7 +271,3 @@ def main() -> None:
             return
         pickle.dump(trace(request), answers)
         answers.flush()
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,79 @@
+"""From traces of a few decoder layers to the whole depth.
+
+Layers repeat, so what a model holds and sends grows by the same amount with each, once there are enough of them for
+DeepSpeed's own limits (gathered weights, the reduction bucket) to be reached.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+
+from ulysses_exp.config import Config
+from ulysses_exp.plan.trace import Trace
+
+#: DeepSpeed 0.19.8, runtime/zero/config.py, in numbers of elements: stage3_max_live_parameters, reduce_bucket_size and
+#: sub_group_size.
+MAX_LIVE_PARAMETERS = 1_000_000_000
+REDUCE_BUCKET = 500_000_000
+SUB_GROUP = 1_000_000_000
+
+
+def depths(config: Config, layers: int, layer_parameters: int, period: int = 1) -> tuple[int, ...]:
+    """How many layers to trace: two numbers to extrapolate from, or all `layers` where there are not many more.
+
+    Args:
+        layer_parameters: of one decoder layer.
+        period: layers after which their types repeat.
+    """
+    limit = {0: 0, 1: REDUCE_BUCKET, 2: REDUCE_BUCKET, 3: MAX_LIVE_PARAMETERS}[config.zero.stage]
+    first = -(-limit // layer_parameters) + 1
+    first = -(-max(first, 2) // period) * period
+    second = first + 2 * period
+    return (layers,) if second + period >= layers else (first, second)
+
+
+def whole(traces: list[Trace], layers: int, config: Config) -> Trace:
+    """The trace of `layers` layers, from one of them all or from two of fewer (at the same length)."""
+    if len(traces) == 1:
+        return traces[0]
+    few, more = traces
+    ratio = (layers - few.layers) / (more.layers - few.layers)
+
+    def line(a: float, b: float) -> int:
+        return round(a + (b - a) * ratio)
+
+    parameters = line(few.parameters, more.parameters)
+    own = line(few.parameters_per_rank, more.parameters_per_rank)
+    device = {phase: _kinds(few.device[phase], more.device[phase], line) for phase in more.device}
+    host = {phase: _kinds(few.host[phase], more.host[phase], line) for phase in more.host}
+    if config.zero.stage == 3:  # the optimizer works on a sub group at a time: what it takes for that stops growing
+        rest = _kinds(few.rest, more.rest, line)
+        share = min(own, SUB_GROUP) / min(more.parameters_per_rank, SUB_GROUP)
+        working = Counter(more.device["optimizer_step"]) - Counter(more.rest)
+        device["optimizer_step"] = dict(
+            Counter(rest) + Counter({kind: round(size * share) for kind, size in working.items()})
+        )
+    pairs = {(name, ranks): (calls, size) for name, ranks, calls, size in few.collectives}
+    collectives = []
+    for name, ranks, calls, size in more.collectives:
+        before = pairs.get((name, ranks), (calls, size))
+        collectives.append((name, ranks, line(before[0], calls), line(before[1], size)))
+    return replace(
+        more,
+        layers=layers,
+        parameters=parameters,
+        parameters_per_rank=own,
+        device=device,
+        host=host,
+        rest=_kinds(few.rest, more.rest, line),
+        collectives=collectives,
+        all_to_all_calls=line(few.all_to_all_calls, more.all_to_all_calls),
+        all_to_all_bytes=line(few.all_to_all_bytes, more.all_to_all_bytes),
+        host_copies=_kinds(few.host_copies, more.host_copies, line),
+    )
+
+
+def _kinds(few: dict[str, int], more: dict[str, int], line: Callable[[float, float], int]) -> dict[str, int]:
+    return {kind: max(0, line(few.get(kind, 0), more.get(kind, 0))) for kind in {**few, **more}}

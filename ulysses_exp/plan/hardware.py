@@ -1,0 +1,44 @@
+"""The machines a plan can be for: one file each in conf/hardware."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from omegaconf import OmegaConf
+
+from ulysses_exp.cli import CONF
+from ulysses_exp.config import ConfigError, nearest
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """Nodes of GPUs. Rates are of one GPU, in one direction."""
+
+    name: str
+    memory_gib: float  # as torch reports it
+    reserved_gib: float  # of it, what the CUDA context and NCCL take outside torch's allocator
+    peak_tflops: dict[str, float] | None  # by precision, dense
+    efficiency: dict[str, float] | None  # share of the peak that `matmul` and `attention` kernels reach
+    gpus_per_node: int
+    gbytes_per_s: dict[str, float] | None  # `node`: GPU to GPU within a node; `network`; `host`: to host memory
+    host_memory_gib: float | None  # of a node
+
+    @property
+    def is_gpu(self) -> bool:
+        return self.peak_tflops is not None
+
+    @property
+    def budget(self) -> int:
+        """Bytes that tensors may take."""
+        return int((self.memory_gib - self.reserved_gib) * GIB)
+
+
+def load(name: str) -> Hardware:
+    """Reads conf/hardware/`name`.yaml. Raises ConfigError where there is none."""
+    path = CONF / "hardware" / f"{name}.yaml"
+    if not path.is_file():
+        known = sorted(p.stem for p in path.parent.glob("*.yaml"))
+        raise ConfigError("plan.hardware", f"{name!r} is not a choice", nearest(name, known))
+    return Hardware(**OmegaConf.to_container(OmegaConf.load(path)))  # type: ignore[arg-type]

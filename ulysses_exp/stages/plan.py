@@ -1,0 +1,126 @@
+"""Stage `plan`: what a layout needs and takes on a machine that is not here. Starts no ranks."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from ulysses_exp.config import Config
+from ulysses_exp.metrics.flops import StepFlops, forward_flops, step_flops
+from ulysses_exp.models import pretrained_config
+from ulysses_exp.plan.hardware import GIB, Hardware, load
+from ulysses_exp.plan.planner import Planner
+from ulysses_exp.plan.step_time import ASSUMPTIONS, collectives, step_time
+from ulysses_exp.plan.trace import Trace
+from ulysses_exp.plan.tracers import tracers
+
+_MEMORY_ASSUMPTIONS = (
+    "tensors as DeepSpeed, transformers and this project allocate them on rank 0, found by running their code on "
+    "tensors without memory; torch's allocator keeps no fragments (PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True)",
+    "attention allocates what FlashAttention 2 does; sp.attention is not asked",
+    "hardware.reserved_gib of the device are taken by the CUDA context and NCCL",
+)
+
+
+def plan(config: Config) -> dict[str, Any]:
+    """The `plan` entry of results.json. Takes seconds to a minute; needs neither a GPU nor the model's weights.
+
+    Raises:
+        ConfigError: plan.hardware names no file in conf/hardware.
+        RuntimeError: the model, layout or memory options do not run, with the reason that a real run would give.
+    """
+    hardware = load(config.plan.hardware)
+    with tracers() as pool:
+        planner = Planner(config, hardware, pool)
+        trace = planner.at(config.train.seq_len)
+        longest = planner.longest(_step(config)) if config.plan.search else None
+    return entry(config, hardware, trace, longest, planner.depths)
+
+
+def _step(config: Config) -> int:
+    """Lengths that the search considers: whole tiles of a matrix product on every rank."""
+    return config.layout.sp * (256 if config.train.seq_len >= 256 * config.layout.sp * 16 else 1)
+
+
+def work(config: Config) -> tuple[StepFlops, float]:
+    """FLOPs of an optimizer step, and the share of the hardware's that core attention has."""
+    architecture = pretrained_config(config)
+    memory, train = config.memory, config.train
+    flops = step_flops(
+        architecture,
+        seq_len=train.seq_len,
+        sequences=train.global_batch_size,
+        recompute=memory.checkpointing != "none",
+        tiled_mlp=memory.tiled_mlp > 0,
+        tiled_loss=memory.tiled_loss > 0,
+    )
+    passes = 3 + (memory.checkpointing != "none")
+    attention = sum(layer.flops(train.seq_len) for layer in forward_flops(architecture).attention)
+    return flops, passes * attention * train.global_batch_size / flops.hardware
+
+
+def entry(
+    config: Config, hardware: Hardware, trace: Trace, longest: int | None, depths: tuple[int, ...]
+) -> dict[str, Any]:
+    """What results.json says of a plan."""
+    flops, attention_share = work(config)
+    scaled = _scaled(trace, config.accumulation)
+    time = step_time(config, hardware, scaled, flops, attention_share)
+    phase = max(trace.device, key=trace.peak)
+    kinds = {kind: size for kind, size in trace.device[phase].items() if size}
+    memory = {kind: kinds.get(kind, 0) for kind in ("parameters", "gradients", "optimizer", "activations")}
+    memory |= {kind: size for kind, size in kinds.items() if kind not in memory}
+    host_peak = max((sum(kinds.values()) for kinds in trace.host.values()), default=0)
+    ranks_per_node = min(config.layout.world, hardware.gpus_per_node)
+    host_fits = hardware.host_memory_gib is None or host_peak * ranks_per_node <= hardware.host_memory_gib * GIB
+    result: dict[str, Any] = {
+        "status": "ok",
+        "hardware": hardware.name,
+        "seq_len": config.train.seq_len,
+        "peak_memory_bytes_per_rank": {"total": sum(memory.values()), **memory},
+        "peak_is_in": phase,
+        "phases": trace.device,
+        "at_rest": trace.rest,
+        "budget_bytes_per_rank": hardware.budget,
+        "host_memory_bytes_per_rank": host_peak,
+        "fits": sum(memory.values()) <= hardware.budget and host_fits,
+        "fits_host": host_fits,
+        "parameters": trace.parameters,
+        "all_to_all_calls_per_step": scaled.all_to_all_calls,
+        "all_to_all_bytes_per_step": scaled.all_to_all_bytes,
+        "collectives": [asdict(c) for c in collectives(scaled, hardware)],
+        "host_copies_bytes_per_step": scaled.host_copies,
+        "model_flops_per_step": flops.model,
+        "hardware_flops_per_step": flops.hardware,
+        "step_time_s": None if time is None else asdict(time),
+        "mfu_bound": None if time is None else time.mfu_bound,
+        "communication_share": None if time is None else time.communication_share,
+        "traced_layers": list(depths),
+        "assumptions": [*_MEMORY_ASSUMPTIONS, *(ASSUMPTIONS if time is not None else ())],
+        "calibration": calibration(),
+    }
+    if longest is not None:
+        result["max_seq_len"] = longest
+    return result
+
+
+def _scaled(trace: Trace, micro_steps: int) -> Trace:
+    """A trace of at most two micro steps, as an optimizer step of `micro_steps`."""
+    factor = micro_steps / min(micro_steps, 2)
+    return replace(
+        trace,
+        collectives=[(n, r, round(calls * factor), round(size * factor)) for n, r, calls, size in trace.collectives],
+        all_to_all_calls=round(trace.all_to_all_calls * factor),
+        all_to_all_bytes=round(trace.all_to_all_bytes * factor),
+        host_copies={way: round(size * factor) for way, size in trace.host_copies.items()},
+    )
+
+
+def calibration() -> dict[str, Any] | None:
+    """How far plans were from measured runs (benchmarks/plan_calibration.py); None where that is not at hand."""
+    path = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "plan_calibration.json"
+    if not path.is_file():
+        return None
+    return json.loads(path.read_text())["summary"]
