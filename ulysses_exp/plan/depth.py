@@ -13,9 +13,10 @@ from dataclasses import replace
 from ulysses_exp.config import Config
 from ulysses_exp.plan.trace import Trace
 
-#: DeepSpeed 0.19.8, runtime/zero/config.py, in numbers of elements: stage3_max_live_parameters, reduce_bucket_size and
-#: sub_group_size.
+#: DeepSpeed 0.19.8, runtime/zero/config.py, in numbers of elements: stage3_max_live_parameters, the
+#: stage3_prefetch_bucket_size that may come on top, reduce_bucket_size and sub_group_size.
 MAX_LIVE_PARAMETERS = 1_000_000_000
+PREFETCH_BUCKET = 50_000_000
 REDUCE_BUCKET = 500_000_000
 SUB_GROUP = 1_000_000_000
 
@@ -23,15 +24,17 @@ SUB_GROUP = 1_000_000_000
 def depths(config: Config, layers: int, layer_parameters: int, period: int = 1) -> tuple[int, ...]:
     """How many layers to trace: two numbers to extrapolate from, or all `layers` where there are not many more.
 
+    Three layers are the fewest in whose middle neither the embedding nor the head is gathered. Stages 1 and 2 reduce
+    gradients whenever a bucket is full, so there the layers have to fill one.
+
     Args:
         layer_parameters: of one decoder layer.
         period: layers after which their types repeat.
     """
-    limit = {0: 0, 1: REDUCE_BUCKET, 2: REDUCE_BUCKET, 3: MAX_LIVE_PARAMETERS}[config.zero.stage]
-    first = -(-limit // layer_parameters) + 1
-    first = -(-max(first, 2) // period) * period
-    second = first + 2 * period
-    return (layers,) if second + period >= layers else (first, second)
+    bucket = REDUCE_BUCKET // layer_parameters + 1 if config.zero.stage in (1, 2) else 0
+    first = -(-max(bucket, 3) // period) * period
+    second = first + period
+    return (layers,) if second + 1 >= layers else (first, second)
 
 
 def whole(traces: list[Trace], layers: int, config: Config) -> Trace:
@@ -55,6 +58,7 @@ def whole(traces: list[Trace], layers: int, config: Config) -> Trace:
         device["optimizer_step"] = dict(
             Counter(rest) + Counter({kind: round(size * share) for kind, size in working.items()})
         )
+        _limit_gathered(device, more, config)
     pairs = {(name, ranks): (calls, size) for name, ranks, calls, size in few.collectives}
     collectives = []
     for name, ranks, calls, size in more.collectives:
@@ -73,6 +77,16 @@ def whole(traces: list[Trace], layers: int, config: Config) -> Trace:
         all_to_all_bytes=line(few.all_to_all_bytes, more.all_to_all_bytes),
         host_copies=_kinds(few.host_copies, more.host_copies, line),
     )
+
+
+def _limit_gathered(device: dict[str, dict[str, int]], traced: Trace, config: Config) -> None:
+    """Gathered weights grow with the layers until DeepSpeed holds as many as it may."""
+    itemsize = 2 if config.train.precision == "bf16" else 4
+    limit = (MAX_LIVE_PARAMETERS + PREFETCH_BUCKET) * itemsize
+    for phase in ("forward_backward", "optimizer_step"):
+        gathered = device[phase].get("gathered_parameters", 0)
+        seen = traced.device[phase].get("gathered_parameters", 0)
+        device[phase]["gathered_parameters"] = min(gathered, max(limit, seen))
 
 
 def _kinds(few: dict[str, int], more: dict[str, int], line: Callable[[float, float], int]) -> dict[str, int]:

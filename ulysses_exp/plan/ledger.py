@@ -19,6 +19,7 @@ KINDS = ("parameters", "gradients", "optimizer", "activations", "gathered_parame
 _BY_FILE = (
     ("/deepspeed/sequence/", "activations"),
     ("/deepspeed/runtime/sequence_parallel/", "activations"),
+    ("/deepspeed/runtime/zero/linear", "activations"),
     ("/deepspeed/runtime/zero/partition_parameters", "gathered_parameters"),
     ("/deepspeed/runtime/zero/partitioned_param_coordinator", "gathered_parameters"),
     ("/deepspeed/", "buffers"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from ulysses_exp.config import Config
 from ulysses_exp.plan.depth import depths, whole
@@ -43,8 +44,9 @@ def model_of(config: Config) -> Model:
 class Planner:
     """Traces one configuration on one machine at whatever length is asked for, each length once."""
 
-    def __init__(self, config: Config, hardware: Hardware, tracers: Tracers):
-        self.hardware, self.tracers = hardware, tracers
+    def __init__(self, config: Config, hardware: Hardware, tracers: Tracers, deepspeed: dict[str, Any] | None = None):
+        """Args: deepspeed: entries of DeepSpeed's configuration that differ from what training tells it."""
+        self.hardware, self.tracers, self.deepspeed = hardware, tracers, deepspeed or {}
         self.config = traceable(config)
         self.model = model_of(config)
         self.depths = depths(self.config, self.model.layers, self.model.layer_parameters, self.model.period)
@@ -54,46 +56,54 @@ class Planner:
         """The whole model's trace at `seq_len` tokens."""
         if seq_len not in self._traces:
             config = replace(self.config, train=replace(self.config.train, seq_len=seq_len))
-            requests = [Request(config, layers, self.hardware.is_gpu) for layers in self.depths]
-            self._traces[seq_len] = whole(self.tracers.trace(requests), self.model.layers, config)
+            traces = self.tracers.trace([self._request(config, layers) for layers in self.depths])
+            self._traces[seq_len] = whole(traces, self.model.layers, config)
         return self._traces[seq_len]
 
     def full(self) -> Trace:
         """The trace of all layers at `train.seq_len`, nothing extrapolated: to check `at` against."""
-        (trace,) = self.tracers.trace([Request(self.config, self.model.layers, self.hardware.is_gpu)])
+        (trace,) = self.tracers.trace([self._request(self.config, self.model.layers)])
         return trace
+
+    def _request(self, config: Config, layers: int) -> Request:
+        return Request(config, layers, self.hardware.is_gpu, deepspeed=self.deepspeed)
 
     def longest(self, step: int) -> int:
         """The longest sequence, a multiple of `step` tokens, that fits; 0 where none does.
 
-        Memory grows linearly with the length but for the moment at which it is fullest, which may change: the search
-        follows the line through its two nearest traces until it predicts its own last length.
+        Memory grows linearly with the length, but the moment at which it is fullest may change. So each guess is
+        traced: the first from the activations' share at `train.seq_len`, the next from the line through the two
+        lengths nearest to the limit, until a guess is within half a percent of one that was traced.
         """
         budget = self.hardware.budget
         asked = max(step, self.config.train.seq_len // step * step)
-        points = {length: self.at(length).peak() for length in (asked, max(step, asked // 2 // step * step))}
-        if len(points) == 1:
-            points[2 * step] = self.at(2 * step).peak()
+        points: dict[int, int] = {}
+        guess = asked
         for _ in range(6):
-            guess = _on_line(points, budget, step)
-            if guess in points or guess == 0:
+            trace = self.at(guess)
+            points[guess] = trace.peak()
+            guess = _on_line(points, budget, step) if len(points) > 1 else _by_activations(trace, budget, step)
+            if guess == 0 or any(abs(guess - length) <= 0.005 * length for length in points):
                 break
-            points[guess] = self.at(guess).peak()
-            if abs(points[guess] - budget) < 0.002 * budget:
-                guess = min(guess, _on_line(points, budget, step)) if points[guess] > budget else guess
-                break
-        fitting = [length for length, peak in points.items() if peak <= budget]
-        return max([guess if guess == 0 or points.get(guess, 0) <= budget else 0, *fitting], default=0)
+        return guess
+
+
+def _by_activations(trace: Trace, budget: int, step: int) -> int:
+    """The length at which the activations fill what the rest leaves of the budget."""
+    kinds = max(trace.device.values(), key=lambda kinds: sum(kinds.values()))
+    activations = kinds.get("activations", 0)
+    room = budget - (sum(kinds.values()) - activations)
+    return int(trace.seq_len * min(room / max(activations, 1), 16.0)) // step * step if room > 0 else step
 
 
 def _on_line(points: dict[int, int], budget: int, step: int) -> int:
     """Where the line through the two points nearest to the budget meets it."""
-    (a, at_a), (b, at_b) = sorted(sorted(points.items(), key=lambda p: abs(p[1] - budget))[:2])
+    nearest = sorted(points.items(), key=lambda point: abs(point[1] - budget))[:2]
+    (a, at_a), (b, at_b) = sorted(nearest)
     slope = (at_b - at_a) / (b - a)
     if slope <= 0:  # both dominated by something that does not depend on the length
-        return 2 * b if at_b <= budget else 0
-    guess = (b + (budget - at_b) / slope) // step * step
-    return max(0, int(min(guess, 16 * b)))
+        return 4 * b if at_b <= budget else 0
+    return max(0, int(min(b + (budget - at_b) / slope, 16 * b)) // step * step)
 
 
 def traceable(config: Config) -> Config:

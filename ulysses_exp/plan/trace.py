@@ -13,9 +13,10 @@ import os
 import pickle
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 from ulysses_exp.config import Config
 
@@ -47,11 +48,17 @@ class Trace:
 
 @dataclass(frozen=True)
 class Request:
-    """What to trace: `config`, with `layers` decoder layers in place of its own, on a `gpu` or on this CPU."""
+    """What to trace: `config`, with `layers` decoder layers in place of its own, on a `gpu` or on this CPU.
+
+    Many tiles are traced as four (`tiles`) unless `few_tiles` is False. `deepspeed` holds entries of DeepSpeed's
+    configuration that this project leaves at their defaults.
+    """
 
     config: Config
     layers: int
     gpu: bool
+    few_tiles: bool = True
+    deepspeed: dict[str, Any] = field(default_factory=dict)
 
 
 def trace(request: Request) -> Trace:
@@ -65,7 +72,7 @@ def trace(request: Request) -> Trace:
     from ulysses_exp import models, training
     from ulysses_exp.attention import ulysses
     from ulysses_exp.metrics.communication import AllToAllCounter
-    from ulysses_exp.plan import flash, planned_device, upstream
+    from ulysses_exp.plan import flash, planned_device, tiles, upstream
     from ulysses_exp.plan.ledger import CUDA_BLOCK, Ledger
 
     os.environ.update(RANK="0", LOCAL_RANK="0")  # DeepSpeed asks for them
@@ -82,6 +89,8 @@ def trace(request: Request) -> Trace:
         stack.callback(dist.destroy_process_group)
         deepspeed.init_distributed(dist_backend="fake", auto_mpi_discovery=False)
         stack.enter_context(upstream.told())
+        if request.few_tiles:
+            stack.enter_context(tiles.few())
         if request.gpu:
             stack.enter_context(flash.instead_of_torchs())
         stack.enter_context(planned_device.no_memory())
@@ -100,7 +109,9 @@ def trace(request: Request) -> Trace:
                 micro_batch_size=config.train.micro_batch_size,
             )
         )
-        engine = training.build_engine(config, model, handle.mpu)
+        told = training.deepspeed_config(config) | request.deepspeed
+        with patch.object(training, "deepspeed_config", lambda config: told):
+            engine = training.build_engine(config, model, handle.mpu)
         stack.callback(engine.destroy)
         engine.train()
         _name_states(engine, ledger)
@@ -261,13 +272,27 @@ def _sum(collectives: dict[str, dict[tuple[str, int], list[int]]]) -> list[tuple
 
 
 def serve() -> None:
-    """Reads pickled requests from stdin, writes pickled traces to stdout; what the libraries print goes to stderr."""
-    answers = os.fdopen(os.dup(1), "wb")
+    """Reads pickled requests from stdin, writes pickled traces to stdout; what the libraries print goes to stderr.
+
+    Each trace is a fork of this process, which has the imports done and nothing else: DeepSpeed keeps process groups
+    and settings in globals that the next trace must not find.
+    """
+    import deepspeed.runtime.zero.muon.original_muon  # noqa: F401  the first ZeRO engine would import it
+    import transformers.models.llama.modeling_llama  # noqa: F401
+
+    import ulysses_exp.session  # noqa: F401
+
+    answers = os.dup(1)
     os.dup2(2, 1)
     while True:
         try:
             request = pickle.load(sys.stdin.buffer)
         except EOFError:
             return
-        pickle.dump(trace(request), answers)
-        answers.flush()
+        child = os.fork()
+        if child == 0:
+            with os.fdopen(answers, "wb") as file:
+                pickle.dump(trace(request), file)
+            os._exit(0)
+        if os.waitpid(child, 0)[1] != 0:
+            sys.exit(1)

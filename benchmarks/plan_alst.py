@@ -1,0 +1,182 @@
+"""The longest sequences that ALST publishes for Llama 3.1 8B on H100 80 GB, beside those that the plan predicts.
+
+    python benchmarks/plan_alst.py [--rows 8-all ...]
+
+Published: Arctic Long Sequence Training (arXiv 2506.13996), the feature ablation on 8 GPUs and the maxima on 1, 8 and
+32 GPUs; settings from the recipes beside it (snowflakedb/ArcticTraining, projects/sequence-parallelism/run-h100-*.yml):
+ZeRO 3, optimizer states in host memory, gradients reduced in bf16, micro batch 1, FlashAttention 2, every layer
+checkpointed; on 1 GPU the weights in host memory too. Nothing is fitted: a row that is off says by which component.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ulysses_exp.config import Config, MemoryConfig, ModelConfig, OptimConfig
+from ulysses_exp.plan.hardware import GIB, Hardware, load
+from ulysses_exp.plan.planner import Planner
+from ulysses_exp.plan.tracers import Tracers, tracers
+from ulysses_exp.stages.plan import work
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+
+HIDDEN, VOCABULARY = 4096, 128256
+#: run-h100-*.yml; DeepSpeed's default reduces gradients in fp32 under sequence parallelism
+RECIPE = {"seq_parallel_communication_data_type": "bf16"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the paper. `published` in tokens, `seconds` an iteration."""
+
+    key: str
+    what: str
+    gpus: int
+    sp: int
+    published: int
+    seconds: int | None = None
+    tiled_loss: bool = True
+    tiled_mlp: bool = False
+    offload_activations: bool = False
+    offload_parameters: bool = False
+
+
+ROWS = (
+    Row("8-baseline", "8 GPUs, baseline", 8, 1, 32_000, 17, tiled_loss=False),
+    Row("8-loss", "8 GPUs, + tiled loss", 8, 1, 160_000),
+    Row("8-ulysses", "8 GPUs, + Ulysses", 8, 8, 1_100_000),
+    Row("8-mlp", "8 GPUs, + tiled MLP", 8, 8, 1_200_000, tiled_mlp=True),
+    Row("8-offload", "8 GPUs, + activation offload, no tiled MLP", 8, 8, 2_400_000, offload_activations=True),
+    Row("8-all", "8 GPUs, all", 8, 8, 3_700_000, 6455, tiled_mlp=True, offload_activations=True),
+    Row("1-baseline", "1 GPU, baseline", 1, 1, 32_000, tiled_loss=False, offload_parameters=True),
+    Row("1-all", "1 GPU, all", 1, 1, 500_000, tiled_mlp=True, offload_activations=True, offload_parameters=True),
+    Row("32-all", "32 GPUs, all", 32, 32, 15_000_000, tiled_mlp=True, offload_activations=True),
+)
+
+
+def configuration(row: Row) -> Config:
+    """`row` in this project's terms. Tile sizes are ALST's: an MLP tile has as many tokens as the model is wide
+    (deepspeed/runtime/sequence_parallel/ulysses_sp.py, TiledMLP's recipe), the loss vocabulary / width tiles, as in
+    Liger's fused cross-entropy (its docstring's inc_factor)."""
+    model = yaml.safe_load((ROOT / "conf" / "model" / "llama3_8b.yaml").read_text())
+    local = row.published // row.sp
+    config = Config()
+    config.model = ModelConfig(**model)
+    config.sp = replace(config.sp, size=row.sp, exchange="deepspeed")
+    config.dp = replace(config.dp, size=row.gpus // row.sp)
+    config.zero = replace(config.zero, stage=3, offload_optimizer=True, offload_parameters=row.offload_parameters)
+    config.memory = MemoryConfig(
+        name="alst",
+        checkpointing="non_reentrant",
+        offload_activations=row.offload_activations,
+        tiled_mlp=math.ceil(local / HIDDEN) if row.tiled_mlp else 0,
+        tiled_loss=math.ceil(VOCABULARY / HIDDEN) if row.tiled_loss else 0,
+    )
+    config.optim = OptimConfig(name="adamw")
+    config.train = replace(
+        config.train,
+        seq_len=row.published,
+        precision="bf16",
+        micro_batch_size=1,
+        global_batch_size=config.dp.size,
+    )
+    config.launch = replace(config.launch, name="attached")
+    return config
+
+
+def predict(row: Row, hardware: Hardware, pool: Tracers) -> dict[str, Any]:
+    began = time.perf_counter()
+    config = configuration(row)
+    planner = Planner(config, hardware, pool, deepspeed=RECIPE)
+    trace = planner.at(row.published)
+    longest = planner.longest(256 * row.sp)
+    phase = max(trace.device, key=trace.peak)
+    from ulysses_exp.plan.step_time import step_time
+
+    flops, attention_share = work(config)
+    seconds = step_time(config, hardware, trace, flops, attention_share)
+    return {
+        **asdict(row),
+        "predicted": longest,
+        "relative": longest / row.published - 1,
+        "peak_bytes_at_published": trace.peak(),
+        "by_kind": trace.device[phase],
+        "peak_is_in": phase,
+        "budget_bytes": hardware.budget,
+        "host_bytes_per_rank": max(sum(kinds.values()) for kinds in trace.host.values()),
+        "predicted_seconds": None if seconds is None else seconds.total,
+        "tiles": {"mlp": config.memory.tiled_mlp, "loss": config.memory.tiled_loss},
+        "traced_layers": list(planner.depths),
+        "planning_seconds": time.perf_counter() - began,
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> list[str]:
+    lines = [
+        "| setting | published | predicted | difference | peak at the published length | iteration: published | "
+        "predicted |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for r in rows:
+        lines.append(
+            f"| {r['what']} | {r['published']:,} | {r['predicted']:,} | {r['relative']:+.1%} | "
+            f"{r['peak_bytes_at_published'] / GIB:.1f} of {r['budget_bytes'] / GIB:.1f} GiB | "
+            f"{r['seconds'] or ''} | {r['predicted_seconds']:,.0f} s |"
+        )
+    return lines
+
+
+def components(rows: list[dict[str, Any]]) -> list[str]:
+    kinds = ("parameters", "gathered_parameters", "gradients", "optimizer", "buffers", "activations")
+    lines = ["| setting | " + " | ".join(k.replace("_", " ") for k in kinds) + " | host memory a rank |"]
+    lines.append("| --- |" + " ---: |" * (len(kinds) + 1))
+    for r in rows:
+        cells = [f"{r['by_kind'].get(kind, 0) / GIB:.2f}" for kind in kinds]
+        lines.append(f"| {r['what']} | {' | '.join(cells)} | {r['host_bytes_per_rank'] / GIB:.1f} |")
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", nargs="*", choices=[row.key for row in ROWS], help="default: all")
+    chosen = parser.parse_args().rows
+    hardware = load("h100")
+    results: list[dict[str, Any]] = []
+    with tracers() as pool:
+        for row in ROWS:
+            if not chosen or row.key in chosen:
+                results.append(predict(row, hardware, pool))
+                print(table(results)[-1], flush=True)
+    if chosen:
+        return
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "plan_alst.json").write_text(json.dumps({"hardware": asdict(hardware), "rows": results}, indent=1))
+    notes = RESULTS / "plan_alst_notes.md"
+    text = [
+        "# Published and predicted: the longest sequences of ALST",
+        "",
+        "Llama 3.1 8B, H100 80 GB, ZeRO 3, optimizer states in host memory, bf16, micro batch 1, FlashAttention 2;",
+        "made by `python benchmarks/plan_alst.py`, which also says where the settings are from.",
+        "",
+        *table(results),
+        "",
+        "## What fills the device at the published length, in GiB",
+        "",
+        *components(results),
+        "",
+        *(notes.read_text().splitlines() if notes.is_file() else []),
+    ]
+    (RESULTS / "plan_alst.md").write_text("\n".join(text) + "\n")
+
+
+if __name__ == "__main__":
+    main()
