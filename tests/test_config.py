@@ -40,6 +40,7 @@ WRONG = [
     (["zero=stage4"], "zero"),
     (["zero=stage0", "zero.offload_optimizer=true"], "zero.offload_optimizer"),
     (["zero=stage2", "zero.offload_parameters=true"], "zero.offload_parameters"),
+    (["zero.param_persistence_threshold=-1"], "zero.param_persistence_threshold"),
     (["zero.offload_optimizer=maybe"], "zero.offload_optimizer"),
     (["model=tiny_lama"], "model"),
     (["model=hub"], "model.name_or_path"),

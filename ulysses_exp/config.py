@@ -61,6 +61,7 @@ class ZeroConfig:
     stage: int = 2
     offload_optimizer: bool = False
     offload_parameters: bool = False
+    param_persistence_threshold: int = 100_000  # stage 3: smaller tensors (elements) stay gathered between uses
 
 
 @dataclass
@@ -412,6 +413,8 @@ def check(config: Config) -> None:
         raise ConfigError("zero.stage", f"{c.zero.stage} is not a ZeRO stage", "set 0, 1, 2 or 3")
     if c.zero.offload_optimizer and c.zero.stage == 0:
         raise ConfigError("zero.offload_optimizer", "stage 0 shards no optimizer states", "set zero.stage to 1, 2 or 3")
+    if c.zero.param_persistence_threshold < 0:
+        raise ConfigError("zero.param_persistence_threshold", "is a number of elements", "set 0 or more")
     if c.zero.offload_parameters and c.zero.stage != 3:
         raise ConfigError("zero.offload_parameters", f"stage {c.zero.stage} shards no weights", "set zero.stage=3")
     _choice("sp.exchange", c.sp.exchange, ("deepspeed", "fused"))

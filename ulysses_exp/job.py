@@ -160,11 +160,12 @@ class Job:
         source = self._source(note)
         cells = []
         targets = [Layout.parse(name) for name in self.config.reload.layouts or ()]
-        for number, target in enumerate(targets, 1):
-            note(f"reload {source.layout} -> {target} ({number}/{len(targets)})")
-            cells.append({"source": source.layout.name, "target": target.name, **self._reload_cell(source, target)})
-        note(f"reload {source.layout} -> one process, transformers alone")
-        cells.append({"source": source.layout.name, "target": REFERENCE.name, **self._huggingface_cell(source)})
+        with self._transformers_alone(source) as alone:
+            for number, target in enumerate(targets, 1):
+                note(f"reload {source.layout} -> {target} ({number}/{len(targets)})")
+                cells.append({"source": source.layout.name, "target": target.name, **self._reload_cell(source, target)})
+            note(f"reload {source.layout} -> one process, transformers alone")
+            cells.append({"source": source.layout.name, "target": REFERENCE.name, **self._huggingface_cell(alone)})
         failed = [cell for cell in cells if cell["status"] != "ok"]
         stage = {"status": "failed" if failed else "ok", "checkpoint": str(source.checkpoint), "cells": cells}
         if failed:
@@ -192,20 +193,31 @@ class Job:
         cell = _read(task.results / "reload.json")
         return judged(cell, source.continuation, CONTINUATION_TOLERANCE[self.config.train.precision])
 
-    def _huggingface_cell(self, source: Source) -> dict[str, Any]:
-        """`from_pretrained` in a fresh process in which deepspeed cannot be imported."""
-        began = time.perf_counter()
+    @contextlib.contextmanager
+    def _transformers_alone(self, source: Source) -> Iterator[subprocess.Popen[str]]:
+        """A fresh process in which deepspeed cannot be imported. It takes seconds to import what it needs, and waits."""
         out = self.folder / "ranks" / "huggingface.json"
         out.parent.mkdir(exist_ok=True)
         command = [
             sys.executable, "-m", "ulysses_exp.checkpoints.huggingface_check", str(source.checkpoint),
-            "--out", str(out),
+            "--out", str(out), "--wait",
         ]  # fmt: skip
-        done = subprocess.run(command, capture_output=True, text=True)
+        pipe = subprocess.PIPE
+        with subprocess.Popen(command, stdin=pipe, stdout=subprocess.DEVNULL, stderr=pipe, text=True) as process:
+            try:
+                yield process
+            finally:
+                process.kill()
+
+    def _huggingface_cell(self, process: subprocess.Popen[str]) -> dict[str, Any]:
+        """`from_pretrained` in the process that waits for it."""
+        began = time.perf_counter()
+        out = self.folder / "ranks" / "huggingface.json"
+        _, errors = process.communicate("go\n")
         seconds = time.perf_counter() - began
-        if done.returncode:
-            log.error("reload by from_pretrained failed:\n%s", done.stderr)
-            reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        if process.returncode:
+            log.error("reload by from_pretrained failed:\n%s", errors)
+            reason = (errors.strip().splitlines() or ["no message"])[-1]
             return {"route": "huggingface", "status": "failed", "reason": reason, "weights_bit_exact": None,
                     "optimizer_bit_exact": None, "seconds": seconds}  # fmt: skip
         result = _read(out)

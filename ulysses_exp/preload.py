@@ -3,6 +3,7 @@
 Only imports: a torch operation here would start threads that a fork does not inherit.
 """
 
+import gc
 import os
 
 from ulysses_exp.launch.orphans import OWNER, die_with_parent
@@ -11,12 +12,30 @@ if OWNER in os.environ:
     die_with_parent(int(os.environ[OWNER]))  # the forkserver with its job, also while it still imports
 
 import deepspeed
+import deepspeed.module_inject.auto_ep_layer  # each engine imports it
 import deepspeed.runtime.sequence_parallel.parallel_state_sp
 import deepspeed.runtime.sequence_parallel.ulysses_sp
-import deepspeed.runtime.zero.muon.original_muon  # the first ZeRO engine imports it, and with it torch._inductor
+import torch
 import transformers
 import transformers.models.llama.modeling_llama
 
+import ulysses_exp.checkpoints.fingerprints
 import ulysses_exp.worker
+
+# The first ZeRO engine imports Muon, whose decorators import torch._inductor (DeepSpeed 0.19.8: 1.4 s of start-up for an
+# optimizer that is not offered here). Undecorated it is the same function, not compiled.
+compiled, torch.compile = torch.compile, lambda model=None, **_: (lambda f: f) if model is None else model
+try:
+    import deepspeed.runtime.zero.muon.original_muon
+finally:
+    torch.compile = compiled
+
+# Asking for the table of operators probes them all, with a C compiler: once here, not once a rank.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # see worker.py
+
+# What was imported stays for good, so no rank's garbage collector needs to walk it: ZeRO 3 alone asks for a full
+# collection of 0.8 s when it is built.
+gc.collect()
+gc.freeze()
 
 __all__ = ["deepspeed", "transformers", "ulysses_exp"]

@@ -62,6 +62,23 @@ def check(folder: Path, digests: dict[str, str] | None, batch: Path | None) -> d
     return result
 
 
+def import_what_loading_needs(folder: Path) -> None:
+    """Imports transformers and the model's classes, so that the time of loading is that of loading."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(_exported(folder), local_files_only=True))
+    except (OSError, ValueError):
+        return  # loading says what is wrong
+
+
+def _exported(folder: Path) -> Path:
+    """What `from_pretrained` opens of a checkpoint."""
+    return folder / "huggingface" if (folder / "manifest.json").exists() else folder
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="a checkpoint, or a folder for from_pretrained")
@@ -70,8 +87,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--fingerprint", type=Path, help="JSON, parameter -> digest; default: the checkpoint's manifest"
     )
     parser.add_argument("--out", type=Path, required=True, help="where the findings go, as JSON")
+    parser.add_argument("--wait", action="store_true", help="import first, begin when a line comes in on stdin")
     chosen = parser.parse_args(arguments)
     sys.modules["deepspeed"] = None  # type: ignore[assignment]  # Python's way of saying: not to be imported
+    if chosen.wait:
+        import_what_loading_needs(chosen.folder)
+        if not sys.stdin.readline():  # whoever started this is gone
+            return 1
 
     folder, digests = chosen.folder, None
     try:
@@ -79,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from ulysses_exp.checkpoints.manifest import Manifest
 
             digests = Manifest.read(folder).module
-            folder = folder / "huggingface"
+            folder = _exported(folder)
         if chosen.fingerprint is not None:
             digests = json.loads(chosen.fingerprint.read_text())
         result = check(folder, digests, chosen.batch)
