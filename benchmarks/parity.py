@@ -46,9 +46,12 @@ VARIANTS: dict[str, list[str]] = {
     "qwen 3": ["model=tiny_qwen3"],
     "one micro step": ["train.global_batch_size=4", "train.micro_batch_size=MAX"],
     "clipping": ["optim.grad_clip=0.5"],
+    "small weights kept gathered": ["zero.param_persistence_threshold=100000"],  # DeepSpeed's default
 }
 
-COMMON = ["train.seq_len=128", "train.global_batch_size=4", "parity.steps=3", "stages=[parity]", "device=cpu"]
+# a threshold of 0: ZeRO 3 gathers and releases every tensor, of small models too
+COMMON = ["train.seq_len=128", "train.global_batch_size=4", "parity.steps=3", "stages=[parity]", "device=cpu",
+          "zero.param_persistence_threshold=0"]  # fmt: skip
 
 
 def configuration(variant: str, optimizer: str, layout: Layout, exchange: str = "fused") -> Config:

@@ -40,6 +40,8 @@ WRONG = [
     (["zero=stage4"], "zero"),
     (["zero=stage0", "zero.offload_optimizer=true"], "zero.offload_optimizer"),
     (["zero=stage2", "zero.offload_parameters=true"], "zero.offload_parameters"),
+    (["train.log_every=0"], "train.log_every"),
+    (["train.profile=true", "train.steps=2"], "train.profile"),
     (["zero.param_persistence_threshold=-1"], "zero.param_persistence_threshold"),
     (["zero.offload_optimizer=maybe"], "zero.offload_optimizer"),
     (["model=tiny_lama"], "model"),

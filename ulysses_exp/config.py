@@ -91,6 +91,7 @@ class MemoryConfig:
     offload_activations: bool = False
     tiled_mlp: int = 0  # tiles along the sequence, 0: off
     tiled_loss: int = 0  # tiles along the sequence, 0: off
+    expandable_segments: bool = False  # CUDA: the allocator grows its segments, so less is lost to fragments
 
 
 @dataclass
@@ -101,7 +102,16 @@ class TrainConfig:
     micro_batch_size: int = 1
     precision: str = "fp32"
     unmeasured_steps: int = 3  # first steps left out of medians: allocators and caches warm up
-    profile: bool = False
+    log_every: int = 1  # steps between two looks at the device's figures; their times are means over the interval
+    profile: bool = False  # torch profiler trace of two steps, and where their time goes
+
+
+@dataclass
+class LongestConfig:
+    search: bool = False  # stage train first finds the longest sequence that trains, then trains at that length
+    memory_gib: float | None = None  # what model, engine and activations of a rank may take; null: all that its GPU has
+    steps: int = 2  # optimizer steps that a length has to train
+    within: float = 0.05  # how close, relative, the longest that trains is to a length that does not
 
 
 @dataclass
@@ -181,6 +191,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    longest: LongestConfig = field(default_factory=LongestConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     reload: ReloadConfig = field(default_factory=ReloadConfig)
@@ -380,6 +391,8 @@ _LEAST = {
     "train.global_batch_size": 1,
     "train.micro_batch_size": 1,
     "train.unmeasured_steps": 0,
+    "train.log_every": 1,
+    "longest.steps": 1,
     "eval.sequences": 1,
     "optim.lr": 0,
     "optim.grad_clip": 0,
@@ -431,6 +444,9 @@ def check(config: Config) -> None:
         group, _, name = key.rpartition(".")
         value = getattr(getattr(c, group) if group else c, name)
         _at_least(key, value, least)
+    if c.train.profile and c.train.steps < 3:
+        raise ConfigError("train.profile", f"needs 3 steps, not {c.train.steps}", "set train.steps=3")
+    _check_longest(c)
     if c.optim.name == "adamw" and c.optim.momentum:
         raise ConfigError("optim.momentum", "AdamW has betas instead", "set optim.beta1, or optim=sgd")
     if not 0 <= c.data.ignore_labels < 1:
@@ -502,6 +518,26 @@ def check(config: Config) -> None:
             raise ConfigError(
                 key, f"{value!r} is not a plain name", "use letters, digits, dots, dashes and underscores"
             )
+
+
+def _check_longest(c: Config) -> None:
+    """Raises ConfigError where the search for the longest sequence cannot run."""
+    if not c.longest.search:
+        return
+    if "train" not in c.stages:
+        raise ConfigError("longest.search", "stage train does the search", "set stages=[train]")
+    if c.launch.name == "attached":
+        raise ConfigError(
+            "longest.search", "attached ranks cannot be replaced when memory runs out", "set launch=local"
+        )
+    if not 0 < c.longest.within < 1:
+        raise ConfigError("longest.within", f"{c.longest.within} is not a share", "set e.g. longest.within=0.05")
+    if c.longest.memory_gib is not None and c.longest.memory_gib <= 0:
+        raise ConfigError("longest.memory_gib", f"{c.longest.memory_gib} is no memory", "set e.g. 0.25")
+    if c.longest.memory_gib is None and device_of(c) == "cpu" and c.launch.name == "local":
+        raise ConfigError(
+            "longest.memory_gib", "ranks on CPU share the machine's memory", "set e.g. longest.memory_gib=0.25"
+        )
 
 
 ConfigStore.instance().store(name="schema", node=Config)

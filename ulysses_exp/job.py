@@ -94,6 +94,7 @@ class Job:
             "stages": {},
         }
         self._main: Task | None = None
+        self._longest: dict[str, Any] = {}  # what the search for the longest sequence adds to the train stage
 
     def run(self, progress: Progress) -> None:
         """All stages in order. Raises KeyboardInterrupt after results.json says so."""
@@ -131,11 +132,15 @@ class Job:
             reason = f"{type(error).__name__}: {error} (a defect of ulysses-exp; the trace is in run.log)"
             self.results["stages"][stage] = {"status": "failed", "reason": reason}
         result = self.results["stages"][stage]
+        if stage == "train":
+            result.update(self._longest)
         result.setdefault("seconds", round(time.perf_counter() - began, 3))
         log.info("stage %s: %s", stage, result["status"])
 
     def _train(self, note: Callable[[str], None]) -> None:
         """Training, and what the same engine can do afterwards: evaluation, and the steps that reloads compare with."""
+        if self.config.longest.search:
+            self._find_longest(note)
         work = ["train"]
         if "eval" in self.config.stages and self.config.eval.mode != "none":
             work.append("eval")
@@ -144,6 +149,16 @@ class Job:
         self._main = Task("main", self.config, tuple(work), self.folder, self._source_options())
         self._do(self._main)
         self._collect()
+
+    def _find_longest(self, note: Callable[[str], None]) -> None:
+        """Makes the longest sequence that trains the length of this job."""
+        from ulysses_exp.stages import longest
+
+        planned = self.results["stages"].get("plan", {}).get("max_seq_len")
+        tokens = longest.find(self.config, self.folder, self._do, self._longest, first=planned, note=note)
+        if tokens == 0:
+            raise StageFailure(f"no sequence trains: {self._longest['tries'][-1]['reason']}")
+        self.config = longest.at_length(self.config, tokens)
 
     def _eval(self, note: Callable[[str], None]) -> None:
         if self.config.eval.mode == "none":
@@ -195,7 +210,7 @@ class Job:
 
     @contextlib.contextmanager
     def _transformers_alone(self, source: Source) -> Iterator[subprocess.Popen[str]]:
-        """A fresh process in which deepspeed cannot be imported. It takes seconds to import what it needs, and waits."""
+        """A fresh process in which deepspeed cannot be imported. It imports what it needs, for seconds, and waits."""
         out = self.folder / "ranks" / "huggingface.json"
         out.parent.mkdir(exist_ok=True)
         command = [

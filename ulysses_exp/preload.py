@@ -22,9 +22,10 @@ import transformers.models.llama.modeling_llama
 import ulysses_exp.checkpoints.fingerprints
 import ulysses_exp.worker
 
-# The first ZeRO engine imports Muon, whose decorators import torch._inductor (DeepSpeed 0.19.8: 1.4 s of start-up for an
-# optimizer that is not offered here). Undecorated it is the same function, not compiled.
-compiled, torch.compile = torch.compile, lambda model=None, **_: (lambda f: f) if model is None else model
+# The first ZeRO engine imports Muon, whose decorators import torch._inductor (DeepSpeed 0.19.8: 1.4 s of start-up for
+# an optimizer that is not offered here). Undecorated it is the same function, not compiled.
+compiled = torch.compile
+torch.compile = lambda model=None, **_: (lambda f: f) if model is None else model  # type: ignore[assignment]
 try:
     import deepspeed.runtime.zero.muon.original_muon
 finally:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.utils.z3_leaf_module import set_z3_leaf_module
 from transformers import PreTrainedModel, get_scheduler
 
@@ -63,6 +64,8 @@ def build_engine(config: Config, model: PreTrainedModel, mpu: Any) -> deepspeed.
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=steps, lr_scheduler=schedule, config=deepspeed_config(config), mpu=mpu
     )
+    if isinstance(engine.optimizer, FP16_UnfusedOptimizer):
+        _undo_first_step(engine.optimizer)
     return engine
 
 
@@ -70,13 +73,25 @@ def _hook_small_layers_once(model: PreTrainedModel, threshold: int) -> None:
     """Makes layers of which ZeRO 3 keeps every parameter gathered anyway its leaf modules.
 
     DeepSpeed hooks each module to gather before and release after it. Where nothing is released (persistent
-    parameters: parameter_offload.py `mark_persistent_parameters`, 0.19.8), the hooks inside a layer only take time: of a
-    small model's step about an eighth.
+    parameters: parameter_offload.py `mark_persistent_parameters`, 0.19.8), the hooks inside a layer only take time:
+    about an eighth of a small model's step.
     """
     for module in model.modules():
         small = all(p.numel() <= threshold for p in module.parameters())
         if small and type(module).__name__ in (model._no_split_modules or ()):
             set_z3_leaf_module(module, True)
+
+
+def _undo_first_step(optimizer: FP16_UnfusedOptimizer) -> None:
+    """Back to before any step: the constructor has made one, with gradients of zero.
+
+    DeepSpeed 0.19.8, stage 0 in bf16, `initialize_optimizer_states`: weights have decayed once, and AdamW counts one
+    step too many in its bias correction for good. The other stages make no such step (docs/findings.md, 22).
+    """
+    for low, full in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
+        for parameter, master in zip(low, full, strict=True):
+            master.data.copy_(parameter.data)
+    optimizer.optimizer.state.clear()
 
 
 def gradient_scale(layout: Layout) -> int:
@@ -119,23 +134,40 @@ def forward(session: Session, batch: MicroBatch, **labels: Any) -> Any:
     )
 
 
+@dataclass
+class _Pending:
+    """An optimizer step whose figures are still on this rank's device."""
+
+    loss: torch.Tensor  # this rank's share
+    grad_norm: torch.Tensor | float
+    learning_rate: float
+    tokens: torch.Tensor
+    began: float  # time.perf_counter()
+    input_seconds: float
+    peak_memory: int
+    all_to_all_calls: int
+    all_to_all_bytes: int
+
+
 def optimizer_step(session: Session, step: int) -> Step:
     """One optimizer step over `train.global_batch_size` sequences. Collective over all ranks."""
+    return figures(session, [make_step(session, step)])[0]
+
+
+def make_step(session: Session, step: int) -> _Pending:
+    """As `optimizer_step`, without waiting for the device."""
     engine, layout, device = session.engine, session.layout, session.device
     began = time.perf_counter()
     mark = session.all_to_alls.now
     batches = session.batches.step(step)
     input_seconds = time.perf_counter() - began
 
-    first = layout.sp_rank(session.rank) == 0
     counts = torch.tensor(
-        [
-            sum(batch.global_targets for batch in batches) if first else 0,
-            sum(batch.global_tokens for batch in batches) if first else 0,
-        ],
-        device=device,
+        [sum(batch.global_targets for batch in batches), sum(batch.global_tokens for batch in batches)], device=device
     )
-    dist.all_reduce(counts)
+    if layout.dp > 1:  # the ranks of a group have counted the same sequences
+        counts *= int(layout.sp_rank(session.rank) == 0)
+        dist.all_reduce(counts)
     items = counts[0].clamp(min=1).float()  # transformers divides the summed loss of a micro batch by this
     share = torch.zeros((), dtype=torch.float64, device=device)
     learning_rate = engine.get_lr()[0]
@@ -150,26 +182,49 @@ def optimizer_step(session: Session, step: int) -> Step:
         if number == len(batches):
             own_norm = _unsharded_norm(session)
         engine.step()
-    norm = own_norm if own_norm is not None else engine.get_global_grad_norm()
-
     calls, size = session.all_to_alls.since(mark)
-    mine = torch.tensor([0.0, memory.peak(device), calls, size], dtype=torch.float64, device=device)
-    mine[0] = share
-    rows = torch.zeros(layout.world, len(mine), dtype=torch.float64, device=device)
-    rows[session.rank] = mine
-    dist.all_reduce(rows)  # one collective for all the figures of the step
-    table = rows.cpu()
-    return Step(
-        loss=float(table[:, 0].sum()),
-        grad_norm=float(norm),
+    return _Pending(
+        loss=share,
+        grad_norm=own_norm if own_norm is not None else engine.get_global_grad_norm(),
         learning_rate=learning_rate,
-        tokens=int(counts[1]),
-        seconds=time.perf_counter() - began,
+        tokens=counts[1],
+        began=began,
         input_seconds=input_seconds,
-        peak_memory=[int(x) for x in table[:, 1]],
-        all_to_all_calls=int(table[:, 2].max()),
-        all_to_all_bytes=int(table[:, 3].max()),
+        peak_memory=memory.peak(device),
+        all_to_all_calls=calls,
+        all_to_all_bytes=size,
     )
+
+
+def figures(session: Session, steps: list[_Pending]) -> list[Step]:
+    """What consecutive steps came to, with one collective for all of them.
+
+    Only here the host waits for the device, so each step's time is an equal share of the time they took together.
+    """
+    world, device = session.layout.world, session.device
+    rows = torch.zeros(world, len(steps), 4, dtype=torch.float64, device=device)
+    rows[session.rank, :, 1:] = torch.tensor(
+        [[s.peak_memory, s.all_to_all_calls, s.all_to_all_bytes] for s in steps], dtype=torch.float64, device=device
+    )
+    rows[session.rank, :, 0] = torch.stack([s.loss for s in steps])
+    dist.all_reduce(rows)
+    table = rows.cpu()
+    norms, tokens = [float(s.grad_norm) for s in steps], [int(s.tokens) for s in steps]
+    seconds = (time.perf_counter() - steps[0].began) / len(steps)
+    return [
+        Step(
+            loss=float(table[:, n, 0].sum()),
+            grad_norm=norms[n],
+            learning_rate=s.learning_rate,
+            tokens=tokens[n],
+            seconds=seconds,
+            input_seconds=s.input_seconds,
+            peak_memory=[int(x) for x in table[:, n, 1]],
+            all_to_all_calls=int(table[:, n, 2].max()),
+            all_to_all_bytes=int(table[:, n, 3].max()),
+        )
+        for n, s in enumerate(steps)
+    ]
 
 
 def _unsharded_norm(session: Session) -> torch.Tensor | None:

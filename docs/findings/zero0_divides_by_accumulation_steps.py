@@ -1,4 +1,4 @@
-"""DeepSpeed 0.19.8: at ZeRO 0 engine.backward(loss, scale_wrt_gas=False) divides by the accumulation steps all the same."""
+"""DeepSpeed 0.19.8: at ZeRO 0 engine.backward(loss, scale_wrt_gas=False) divides by them all the same."""
 
 import os
 import sys
@@ -49,7 +49,7 @@ def main() -> int:
         deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
         direct, product, stage1 = gradient(0, False), gradient(0, True), gradient(1, False)
         torch.distributed.destroy_process_group()
-    print(f"gradient over {STEPS} micro batches, {STEPS} is right: stage 0 {direct}, of a product {product}; stage 1 {stage1}")
+    print(f"gradient, {STEPS} is right: stage 0 {direct}, of a product {product}; stage 1 {stage1}")
     return 0 if direct == 1.0 and product == stage1 == STEPS else 1
 
 

@@ -13,13 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-PRELOAD = [
-    "torch",
-    "transformers.models.llama.modeling_llama",
-    "deepspeed.runtime.sequence_parallel.ulysses_sp",
-    "deepspeed.runtime.zero.muon.original_muon",  # the first ZeRO engine imports it, and with it torch's compiler
-    "ulysses_exp.checkpoints",
-]
+PRELOAD = ["ulysses_exp.preload"]
 
 
 class RankError(AssertionError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from checkpoint_ranks import run
 from tiny_engine import Recipe, engine, steps
 
 from ulysses_exp import checkpoints
+from ulysses_exp.checkpoints import streaming
 from ulysses_exp.layout import Layout
 
 # 3 steps of 2 micro steps are no multiple of the 4 that a layout with one replica accumulates
@@ -26,6 +28,12 @@ def train_and_save(folder: Path, layout: Layout, recipe: Recipe) -> dict[str, An
         checkpoints.save(made, folder, layout=layout, step=BEFORE, state={"cursor": [1, 2]})
         identical = checkpoints.weights_identical(made, dist.group.WORLD)
         return {"identical": identical, "after": steps(made, layout, BEFORE, AFTER)}
+
+
+def train_and_save_on_two_machines(folder: Path, layout: Layout, recipe: Recipe) -> dict[str, Any]:
+    """Ranks 0 and 1 on one, 2 and 3 on the other: parts travel to writers elsewhere."""
+    streaming._on_this_machine = lambda: [rank // 2 == dist.get_rank() // 2 for rank in range(dist.get_world_size())]
+    return train_and_save(folder, layout, recipe)
 
 
 def load_and_train(folder: Path, layouts: list[Layout], recipe: Recipe) -> list[dict[str, Any]]:
@@ -67,11 +75,19 @@ def test_any_layout_goes_on(name: str, tmp_path: Path) -> None:
             assert result["after"] == pytest.approx(saved["after"], rel=tolerance, abs=0), layout
 
 
-@pytest.mark.parametrize("name", ["sp4-dp1-z3", "sp2-dp2-z1"])
-def test_four_ranks(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "work"),
+    [
+        ("sp4-dp1-z3", train_and_save),
+        ("sp2-dp2-z1", train_and_save),
+        ("sp4-dp1-z3", train_and_save_on_two_machines),
+        ("sp2-dp2-z2", train_and_save_on_two_machines),
+    ],
+)
+def test_four_ranks(name: str, work: Callable[..., Any], tmp_path: Path) -> None:
     source = Layout.parse(name)
     folder = tmp_path / "checkpoints" / "step3"
-    saved = run(4, train_and_save, folder, source, Recipe())[0]
+    saved = run(4, work, folder, source, Recipe())[0]
     targets = [source, Layout(1, 4, 2), Layout(2, 2, 3)]
     for layout, result in zip(targets, run(4, load_and_train, folder, targets, Recipe())[0], strict=True):
         assert result["loaded"].weights_bit_exact and result["loaded"].optimizer_bit_exact

@@ -1,8 +1,9 @@
 """Writes tensors whose parts lie on several ranks into safetensors files, a piece at a time.
 
-All ranks go through the same rounds. In a round each rank receives the next piece of the file that it is writing from
-the ranks that hold it, so memory is bounded by a piece, a byte travels at most once, and all ranks write at the same
-time.
+A rank on the machine of a file's writer puts its parts into the file itself, at their place; only what lies on other
+machines is sent, for two machines that write one file can lose each other's pages on NFS. All ranks go through the
+same rounds. In a round each writer receives what it needs of the next piece of its file, so memory is bounded by a
+piece, a byte travels at most once, and all ranks write at the same time.
 Bytes are sent, not numbers added, so every bit arrives, also of -0.0 and NaN.
 """
 
@@ -51,16 +52,17 @@ def write(shards: list[Shard], fragments: list[Fragment], folder: Path) -> dict[
     mine = {(f.kind, f.name): f for f in fragments}
     index = {(t.kind, t.name): i for i, t in enumerate(t for shard in shards for t in shard.tensors)}
     digests = [0] * len(index)
+    beside = _on_this_machine()
     buffers: list[torch.Tensor] = []
-    writing: Future[None] | None = None
+    writing: list[Future[None]] = []
     with ThreadPoolExecutor(1) as disk, _Files(folder) as files:
         for shard in shards:
             if shard.writer == rank:
-                writing = disk.submit(files.write, shard, np.frombuffer(shard.header(), np.uint8), 0)
+                writing.append(disk.submit(files.write, shard, np.frombuffer(shard.header(), np.uint8), 0))
         # the other ranks' pieces in an order that all agree on, so that sends and receives meet
         rounds = zip_longest(*(_pieces(shards, writer) for writer in range(dist.get_world_size())))
         for number, round_ in enumerate(rounds):
-            incoming: torch.Tensor | None = None
+            ready: list[tuple[Shard, torch.Tensor, int]] = []  # (file, bytes, their place in it)
             messages: list[dist.P2POp] = []
             for writer, piece in enumerate(round_):
                 if piece is None:
@@ -72,33 +74,27 @@ def write(shards: list[Shard], fragments: list[Fragment], folder: Path) -> dict[
                     end = min(part.start + part.numel, piece.start + piece.numel)
                     if begin >= end:
                         continue
+                    place = (begin - piece.start) * itemsize
                     if part.rank == rank:
                         held = mine[key]
                         view = held.data[begin - held.start : end - held.start].view(torch.uint8)
                         host = view.cpu()
                         digests[index[key]] += digest_bytes(host.numpy(), begin * itemsize)
-                        if writer != rank:
-                            messages.append(dist.P2POp(dist.isend, view.to(device), writer))
-                        elif end - begin == piece.numel:
-                            incoming = host
+                        if beside[writer]:
+                            ready.append((piece.shard, host, piece.position + place))
                         else:
-                            incoming = _buffer(buffers, number, piece, device)
-                            place = (begin - piece.start) * itemsize
-                            incoming[place : place + len(view)].copy_(view)
-                    elif writer == rank:
-                        incoming = _buffer(buffers, number, piece, device)
-                        place = slice((begin - piece.start) * itemsize, (end - piece.start) * itemsize)
-                        messages.append(dist.P2POp(dist.irecv, incoming[place], part.rank))
+                            messages.append(dist.P2POp(dist.isend, view.to(device), writer))
+                    elif writer == rank and not beside[part.rank]:
+                        incoming = _buffer(buffers, number, piece, device)[place:][: (end - begin) * itemsize]
+                        messages.append(dist.P2POp(dist.irecv, incoming, part.rank))
+                        ready.append((piece.shard, incoming, piece.position + place))
             for message in dist.batch_isend_irecv(messages) if messages else ():
                 message.wait()
-            if incoming is not None:
-                if writing is not None:
-                    writing.result()
-                piece = round_[rank]
-                assert piece is not None
-                writing = disk.submit(files.write, piece.shard, incoming.cpu().numpy(), piece.position)
-        if writing is not None:
-            writing.result()
+            for write_ in writing:  # of the round before: at most two rounds are in memory
+                write_.result()
+            writing = [disk.submit(files.write, shard, data.cpu().numpy(), at) for shard, data, at in ready]
+        for write_ in writing:
+            write_.result()
         whole = all_reduce_digests(digests)
     return dict(zip(index, whole, strict=True))
 
@@ -106,6 +102,14 @@ def write(shards: list[Shard], fragments: list[Fragment], folder: Path) -> dict[
 def communication_device() -> torch.device:
     """Where tensors have to lie to be sent: the accelerator under NCCL, host memory under gloo."""
     return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+
+
+def _on_this_machine() -> list[bool]:
+    """For each rank, whether it runs where this one does. Collective over the world."""
+    here = (Path("/proc/sys/kernel/random/boot_id").read_text(), os.stat("/proc/self/ns/mnt").st_ino)
+    machines: list[tuple[str, int] | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(machines, here)
+    return [machine == here for machine in machines]
 
 
 def all_reduce_digests(mine: list[int]) -> list[str]:
@@ -139,7 +143,7 @@ def _pieces(shards: list[Shard], writer: int) -> Iterator[_Piece]:
 
 
 class _Files:
-    """The shards that this rank writes. Closing syncs them to disk and raises the first error that there has been."""
+    """The shards that this rank writes to. Closing syncs them to disk and raises the first error there has been."""
 
     def __init__(self, folder: Path):
         self._folder = folder
@@ -156,7 +160,7 @@ class _Files:
         try:
             if shard.file not in self._open:
                 path = self._folder / shard.file
-                self._open[shard.file] = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+                self._open[shard.file] = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
             rest = data.data
             while rest:
                 written = os.pwrite(self._open[shard.file], rest, position)

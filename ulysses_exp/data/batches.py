@@ -6,6 +6,7 @@ is ever sent between ranks. Which sequences a step reads does not depend on the 
 
 from __future__ import annotations
 
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,10 +44,18 @@ class Batches:
         layout = config.layout
         self.dp_rank = layout.dp_rank(rank)
         width = config.train.seq_len // layout.sp
+        self._reader = ThreadPoolExecutor(1, "batches")
+        self._next: tuple[int, Future[list[MicroBatch]]] | None = None
         self.slice = slice(layout.sp_rank(rank) * width, (layout.sp_rank(rank) + 1) * width)
 
     def step(self, step: int) -> list[MicroBatch]:
-        """The micro batches of optimizer step `step`, counted from 0."""
+        """The micro batches of optimizer step `step`, counted from 0; those of the next one are read meanwhile."""
+        expected, read = self._next or (-1, None)
+        batches = read.result() if read is not None and expected == step else self._read(step)
+        self._next = (step + 1, self._reader.submit(self._read, step + 1))
+        return batches
+
+    def _read(self, step: int) -> list[MicroBatch]:
         train, dp = self.config.train, self.config.layout.dp
         first = step * train.global_batch_size
         micro = train.micro_batch_size

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+
 from ulysses_exp.config import MemoryConfig
 
 if TYPE_CHECKING:
@@ -29,6 +31,8 @@ def apply(model: PreTrainedModel, memory: MemoryConfig) -> None:
     from ulysses_exp.memory.tiled_loss import tile_loss
     from ulysses_exp.memory.tiled_mlp import tile_mlps
 
+    if memory.expandable_segments and torch.cuda.is_available():
+        torch.cuda.memory._set_allocator_settings("expandable_segments:True")
     if memory.tiled_mlp:
         tile_mlps(model, memory.tiled_mlp)
     if memory.checkpointing != "none":

@@ -215,6 +215,10 @@ def _train(facts: Table, stage: Mapping[str, Any] | None, arrow: str) -> None:
     step = stage.get("step_time_s", {})
     if step.get("median"):
         facts.add_row("step time", f"{of_seconds(step['median'])} median, {of_seconds(step.get('p90'))} p90")
+    if split := stage.get("step_split_s"):
+        whole = sum(split.values()) or 1.0
+        parts = ", ".join(f"{name} {seconds / whole:.0%}" for name, seconds in split.items())
+        facts.add_row("of a step", f"{parts} (profiled)")
     memory = stage.get("peak_memory_bytes", {})
     if memory.get("max"):
         ranks = len(memory.get("per_rank") or [1])

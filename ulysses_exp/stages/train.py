@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,9 @@ import torch.distributed as dist
 from ulysses_exp import checkpoints
 from ulysses_exp.config import ConfigError
 from ulysses_exp.metrics import flops, memory, throughput
+from ulysses_exp.metrics.step_split import step_split
 from ulysses_exp.session import Session
-from ulysses_exp.training import Step, optimizer_step
+from ulysses_exp.training import Step, figures, make_step
 
 
 def train(session: Session) -> dict[str, Any]:
@@ -34,25 +34,33 @@ def train(session: Session) -> dict[str, Any]:
     )
     peak = flops.peak_flops(session.describe()["device"], config.train.precision)
     steps: list[Step] = []
+    pending = []  # steps of which the host knows nothing yet: asking for figures waits for the device
     saved = first_finished = None
-    with _profiler(session) as profiler:
+    profile = Profile(session)
+    with profile:
         while session.step < config.train.steps:
-            step = optimizer_step(session, session.step)
+            pending.append(make_step(session, session.step))
             session.step += 1
-            steps.append(step)
+            profile.step()
+            saving = bool(config.checkpoint.every) and session.step % config.checkpoint.every == 0
+            if len(pending) == config.train.log_every or saving or session.step in (first + 1, config.train.steps):
+                for step in figures(session, pending):
+                    steps.append(step)
+                    session.log(first + len(steps), metrics(session, step, work, peak))
+                pending.clear()
             first_finished = first_finished or time.time()
-            session.log(session.step, metrics(session, step, work, peak))
-            profiler.step()
-            if config.checkpoint.every and session.step % config.checkpoint.every == 0:
+            if saving:
                 saved = save(session)
     if saved is None or saved.name != f"step{session.step}":
         saved = save(session)
 
-    seconds = throughput.step_time([s.seconds for s in steps], config.train.unmeasured_steps)
-    measured = steps[config.train.unmeasured_steps :] or steps
+    unmeasured = config.train.unmeasured_steps + profile.steps
+    seconds = throughput.step_time([s.seconds for s in steps], unmeasured)
+    measured = steps[unmeasured:] or steps
     tokens_per_second = sum(s.tokens for s in measured) / len(measured) / seconds["median"]
     per_rank = [max(column) for column in zip(*(s.peak_memory for s in steps), strict=True)]
     world = session.layout.world
+    split = profile.split(sum(s.input_seconds for s in measured) / len(measured), session.device)
     return {
         "status": "ok",
         "steps": len(steps),
@@ -64,7 +72,8 @@ def train(session: Session) -> dict[str, Any]:
         "tokens_per_second": tokens_per_second,
         "tokens_per_step": steps[-1].tokens,
         "step_time_s": seconds,
-        "unmeasured_steps": min(config.train.unmeasured_steps, len(steps) - 1),
+        **({"step_split_s": split} if split else {}),  # of the profiled steps; the profiler makes them slower
+        "unmeasured_steps": len(steps) - len(measured),
         "model_flops_per_step": work.model,
         "hardware_flops_per_step": work.hardware,
         "mfu": work.model / seconds["median"] / world / peak if peak else None,
@@ -119,22 +128,50 @@ def save(session: Session) -> Path:
     return folder
 
 
-@contextlib.contextmanager
-def _profiler(session: Session):
-    """With `train.profile`: a torch profiler trace of two steps of rank 0 in the run folder."""
-    if not session.config.train.profile:
-        yield _NoProfiler()
-        return
-    wait = min(session.config.train.unmeasured_steps, max(0, session.config.train.steps - 3))
-    target = session.task.folder / "profile" / f"rank{session.rank}.json"
-    target.parent.mkdir(exist_ok=True)
-    with torch.profiler.profile(
-        schedule=torch.profiler.schedule(wait=wait, warmup=1, active=2, repeat=1),
-        on_trace_ready=lambda p: p.export_chrome_trace(str(target)),
-    ) as profiler:
-        yield profiler
+PROFILED_STEPS = 2
 
 
-class _NoProfiler:
+class Profile:
+    """With `train.profile`: torch's profiler over two steps after the unmeasured ones, its trace in the run folder."""
+
+    def __init__(self, session: Session):
+        train = session.config.train
+        self._target = session.task.folder / "profile" / f"rank{session.rank}.json"
+        self._profiler: torch.profiler.profile | None = None
+        self._events: list[Any] = []
+        self.steps = 0  # that the profiler makes slower
+        if train.profile:
+            self._target.parent.mkdir(exist_ok=True)
+            self.steps = 1 + PROFILED_STEPS
+            wait = min(train.unmeasured_steps, max(0, train.steps - session.step - PROFILED_STEPS - 1))
+            self._profiler = torch.profiler.profile(
+                schedule=torch.profiler.schedule(wait=wait, warmup=1, active=PROFILED_STEPS, repeat=1),
+                on_trace_ready=self._ready,
+            )
+
+    def _ready(self, profiler: torch.profiler.profile) -> None:
+        profiler.export_chrome_trace(str(self._target))
+        self._events = list(profiler.events() or ())
+
+    def __enter__(self) -> Profile:
+        if self._profiler is not None:
+            self._profiler.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._profiler is not None:
+            self._profiler.stop()
+
     def step(self) -> None:
-        """Nothing to record."""
+        """An optimizer step has ended."""
+        if self._profiler is not None:
+            self._profiler.step()
+
+    def split(self, input_seconds: float, device: torch.device) -> dict[str, float] | None:
+        """The split of a step, mean over the ranks; None without a profile. Collective over the world."""
+        if self._profiler is None:
+            return None
+        mine = step_split(self._events, PROFILED_STEPS, input_seconds)
+        total = torch.tensor(list(mine.values()), dtype=torch.float64, device=device)
+        dist.all_reduce(total)
+        return dict(zip(mine, (total / dist.get_world_size()).tolist(), strict=True))
