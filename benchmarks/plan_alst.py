@@ -21,10 +21,10 @@ from typing import Any
 import yaml
 
 from ulysses_exp.config import Config, MemoryConfig, ModelConfig, OptimConfig
+from ulysses_exp.plan.forks import Forks, forks
 from ulysses_exp.plan.hardware import GIB, Hardware, load
 from ulysses_exp.plan.planner import Planner
-from ulysses_exp.plan.tracers import Tracers, tracers
-from ulysses_exp.stages.plan import work
+from ulysses_exp.plan.step_time import step_time, work
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -93,17 +93,15 @@ def configuration(row: Row) -> Config:
     return config
 
 
-def predict(row: Row, hardware: Hardware, pool: Tracers) -> dict[str, Any]:
+def predict(row: Row, hardware: Hardware, pool: Forks) -> dict[str, Any]:
     began = time.perf_counter()
     config = configuration(row)
-    planner = Planner(config, hardware, pool, deepspeed=RECIPE)
+    planner = Planner(config, gpu=True, pool=pool, deepspeed=RECIPE)
     trace = planner.at(row.published)
-    longest = planner.longest(256 * row.sp)
+    longest = planner.longest(256 * row.sp, hardware.budget, hardware.host_budget(row.gpus))
     phase = max(trace.device, key=trace.peak)
-    from ulysses_exp.plan.step_time import step_time
-
-    flops, attention_share = work(config)
-    seconds = step_time(config, hardware, trace, flops, attention_share)
+    (operations,) = pool.map(work, [config])
+    seconds = step_time(config, hardware, trace, operations)
     return {
         **asdict(row),
         "predicted": longest,
@@ -151,7 +149,7 @@ def main() -> None:
     chosen = parser.parse_args().rows
     hardware = load("h100")
     results: list[dict[str, Any]] = []
-    with tracers() as pool:
+    with forks(Config()) as pool:
         for row in ROWS:
             if not chosen or row.key in chosen:
                 results.append(predict(row, hardware, pool))

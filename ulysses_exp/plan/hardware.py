@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from omegaconf import OmegaConf
@@ -33,6 +34,12 @@ class Hardware:
     def budget(self) -> int:
         """Bytes that tensors may take."""
         return int((self.memory_gib - self.reserved_gib) * GIB)
+
+    def host_budget(self, world: int) -> float:
+        """Bytes of host memory for each of `world` ranks; infinite where it is not known."""
+        if self.host_memory_gib is None:
+            return math.inf
+        return self.host_memory_gib * GIB / min(world, self.gpus_per_node)
 
 
 def load(name: str) -> Hardware:

@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ulysses_exp.config import Config
+from ulysses_exp.config import Config, device_of
+from ulysses_exp.layout import Layout
 from ulysses_exp.plan.depth import depths, whole
-from ulysses_exp.plan.hardware import Hardware
-from ulysses_exp.plan.trace import Request, Trace
-from ulysses_exp.plan.tracers import Tracers
+from ulysses_exp.plan.forks import Forks, TraceError, forks
+from ulysses_exp.plan.trace import Request, Trace, trace
 
 
 @dataclass(frozen=True)
 class Model:
     """What of the architecture decides how it is traced."""
 
+    architecture: dict[str, Any]  # model_type and the arguments of its transformers configuration
     layers: int
     layer_parameters: int
     period: int  # layers after which their types repeat
 
 
-def model_of(config: Config) -> Model:
-    """Builds the configured model without memory and looks at it."""
+def look_at(config: Config) -> Model:
+    """Builds the configured model without memory and looks at it. Imports torch."""
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.modeling_layers import GradientCheckpointingLayer
@@ -38,17 +40,28 @@ def model_of(config: Config) -> Model:
     ]
     types = list(getattr(text, "layer_types", None) or [])
     period = next((n for n in range(1, len(types)) if all(t == types[i % n] for i, t in enumerate(types))), 1)
-    return Model(layers=text.num_hidden_layers, layer_parameters=max(sizes, default=1), period=period)
+    return Model(
+        architecture=config.model.architecture or text.to_dict(),
+        layers=text.num_hidden_layers,
+        layer_parameters=max(sizes, default=1),
+        period=period,
+    )
 
 
 class Planner:
-    """Traces one configuration on one machine at whatever length is asked for, each length once."""
+    """Traces one configuration at whatever length is asked for, each length once."""
 
-    def __init__(self, config: Config, hardware: Hardware, tracers: Tracers, deepspeed: dict[str, Any] | None = None):
-        """Args: deepspeed: entries of DeepSpeed's configuration that differ from what training tells it."""
-        self.hardware, self.tracers, self.deepspeed = hardware, tracers, deepspeed or {}
-        self.config = traceable(config)
-        self.model = model_of(config)
+    def __init__(self, config: Config, *, gpu: bool, pool: Forks, deepspeed: dict[str, Any] | None = None):
+        """Args:
+        gpu: plan for a GPU; else for this machine's processors.
+        deepspeed: entries of DeepSpeed's configuration that differ from what training tells it.
+
+        Raises:
+            TraceError: transformers builds no such model.
+        """
+        self.gpu, self.pool, self.deepspeed = gpu, pool, deepspeed or {}
+        (self.model,) = pool.map(look_at, [config])
+        self.config = traceable(config, self.model.architecture)
         self.depths = depths(self.config, self.model.layers, self.model.layer_parameters, self.model.period)
         self._traces: dict[int, Trace] = {}
 
@@ -56,62 +69,69 @@ class Planner:
         """The whole model's trace at `seq_len` tokens."""
         if seq_len not in self._traces:
             config = replace(self.config, train=replace(self.config.train, seq_len=seq_len))
-            traces = self.tracers.trace([self._request(config, layers) for layers in self.depths])
+            traces = self.pool.map(trace, [self._request(config, layers) for layers in self.depths])
             self._traces[seq_len] = whole(traces, self.model.layers, config)
         return self._traces[seq_len]
 
     def full(self) -> Trace:
         """The trace of all layers at `train.seq_len`, nothing extrapolated: to check `at` against."""
-        (trace,) = self.tracers.trace([self._request(self.config, self.model.layers)])
-        return trace
+        (whole_model,) = self.pool.map(trace, [self._request(self.config, self.model.layers)])
+        return whole_model
 
     def _request(self, config: Config, layers: int) -> Request:
-        return Request(config, layers, self.hardware.is_gpu, deepspeed=self.deepspeed)
+        return Request(config, layers, self.gpu, deepspeed=self.deepspeed)
 
-    def longest(self, step: int) -> int:
-        """The longest sequence, a multiple of `step` tokens, that fits; 0 where none does.
+    def longest(self, step: int, device_bytes: int, host_bytes: float = math.inf) -> int:
+        """The longest sequence, a multiple of `step` tokens, whose peak stays within both limits; 0 where none does.
 
-        Memory grows linearly with the length, but the moment at which it is fullest may change. So each guess is
-        traced: the first from the activations' share at `train.seq_len`, the next from the line through the two
-        lengths nearest to the limit, until a guess is within half a percent of one that was traced.
+        Newton's method: of what is held at the fullest moment, the activations grow in proportion to the length and the
+        rest stays, which gives the next length to trace. The fullest moment may be another one there, so it goes on
+        until the next length is within 3 % of the last: so near, it is right to a small part of that.
         """
-        budget = self.hardware.budget
-        asked = max(step, self.config.train.seq_len // step * step)
-        points: dict[int, int] = {}
-        guess = asked
-        for _ in range(6):
-            trace = self.at(guess)
-            points[guess] = trace.peak()
-            guess = _on_line(points, budget, step) if len(points) > 1 else _by_activations(trace, budget, step)
-            if guess == 0 or any(abs(guess - length) <= 0.005 * length for length in points):
-                break
-        return guess
+        length = max(step, self.config.train.seq_len // step * step)
+        for _ in range(8):
+            traced = self.at(length)
+            limits: list[tuple[dict[str, int], float]] = [(kinds, device_bytes) for kinds in traced.device.values()]
+            limits += [(kinds, host_bytes) for kinds in traced.host.values()]
+            following = min(_grown_to(limit, kinds, length) for kinds, limit in limits)
+            following = int(min(following, 16 * length)) // step * step
+            if abs(following - length) <= max(0.03 * length, step) or (length == step and following < step):
+                return following
+            length = max(step, following)
+        return length
 
 
-def _by_activations(trace: Trace, budget: int, step: int) -> int:
-    """The length at which the activations fill what the rest leaves of the budget."""
-    kinds = max(trace.device.values(), key=lambda kinds: sum(kinds.values()))
+def _grown_to(limit: float, kinds: dict[str, int], length: int) -> float:
+    """The length at which `kinds`, seen at `length`, come to `limit` bytes if the activations alone grow with it."""
     activations = kinds.get("activations", 0)
-    room = budget - (sum(kinds.values()) - activations)
-    return int(trace.seq_len * min(room / max(activations, 1), 16.0)) // step * step if room > 0 else step
+    return length * (limit - (sum(kinds.values()) - activations)) / activations if activations else math.inf
 
 
-def _on_line(points: dict[int, int], budget: int, step: int) -> int:
-    """Where the line through the two points nearest to the budget meets it."""
-    nearest = sorted(points.items(), key=lambda point: abs(point[1] - budget))[:2]
-    (a, at_a), (b, at_b) = sorted(nearest)
-    slope = (at_b - at_a) / (b - a)
-    if slope <= 0:  # both dominated by something that does not depend on the length
-        return 4 * b if at_b <= budget else 0
-    return max(0, int(min(b + (budget - at_b) / slope, 16 * b)) // step * step)
+def longest_sequence(config: Config, layout: Layout, memory_bytes: int) -> int | None:
+    """How many tokens long a sequence `config` can train on at `layout` with `memory_bytes` a rank, by the plan.
+
+    A first guess for a search that trains at growing lengths until memory runs out. Planned for the device that
+    `config` trains on: on a GPU `memory_bytes` are what torch's allocator may take, on a CPU what tensors may. Takes
+    seconds to a minute, in processes of its own; starts no ranks.
+
+    Returns:
+        A multiple of `layout.sp`; None where not even the shortest sequence fits, or the configuration does not run.
+    """
+    with forks(config) as pool:
+        try:
+            planner = Planner(config.at(layout), gpu=device_of(config) == "cuda", pool=pool)
+            return planner.longest(layout.sp, memory_bytes) or None
+        except TraceError:
+            return None
 
 
-def traceable(config: Config) -> Config:
-    """`config` as it is traced: two micro steps of many, and attention by a kernel that this machine need not have."""
+def traceable(config: Config, architecture: dict[str, Any]) -> Config:
+    """`config` as it is traced: two micro steps of many, random weights, and attention by a kernel that is at hand."""
     layout = config.layout
     steps = min(config.accumulation, 2)
     return replace(
         config,
+        model=replace(config.model, architecture=architecture, name_or_path=None),
         sp=replace(config.sp, attention="sdpa"),
         train=replace(config.train, global_batch_size=steps * layout.dp * config.train.micro_batch_size),
     )

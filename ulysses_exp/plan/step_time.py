@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ulysses_exp.config import Config
-from ulysses_exp.metrics.flops import StepFlops
 from ulysses_exp.plan.hardware import Hardware
 from ulysses_exp.plan.trace import Trace
 
@@ -79,6 +78,39 @@ def _seconds(name: str, ranks: int, sent: int, hardware: Hardware) -> float | No
 
 
 @dataclass(frozen=True)
+class Work:
+    """Floating-point operations of an optimizer step, all ranks together (`metrics.flops`)."""
+
+    model: float
+    hardware: float
+    attention_share: float  # of the hardware's, those of the core attention
+
+
+def work(config: Config) -> Work:
+    """Counts `config`'s operations. Imports torch."""
+    from ulysses_exp.metrics.flops import forward_flops, step_flops
+    from ulysses_exp.models import pretrained_config
+
+    architecture = pretrained_config(config)
+    memory, train = config.memory, config.train
+    recompute = memory.checkpointing != "none"
+    flops = step_flops(
+        architecture,
+        seq_len=train.seq_len,
+        sequences=train.global_batch_size,
+        recompute=recompute,
+        tiled_mlp=memory.tiled_mlp > 0,
+        tiled_loss=memory.tiled_loss > 0,
+    )
+    attention = sum(layer.flops(train.seq_len) for layer in forward_flops(architecture).attention)
+    return Work(
+        model=flops.model,
+        hardware=flops.hardware,
+        attention_share=(3 + recompute) * attention * train.global_batch_size / flops.hardware,
+    )
+
+
+@dataclass(frozen=True)
 class StepTime:
     """Seconds of one rank in an optimizer step; `total` as ASSUMPTIONS say."""
 
@@ -91,22 +123,16 @@ class StepTime:
     communication_share: float  # of `total`, what is not compute
 
 
-def step_time(
-    config: Config, hardware: Hardware, trace: Trace, work: StepFlops, attention_share: float
-) -> StepTime | None:
-    """None where the hardware has no rates.
-
-    Args:
-        work: of the step, all ranks together.
-        attention_share: of the operations, those of the core attention.
-    """
+def step_time(config: Config, hardware: Hardware, trace: Trace, work: Work) -> StepTime | None:
+    """None where the hardware has no rates."""
     if hardware.peak_tflops is None or hardware.efficiency is None or hardware.gbytes_per_s is None:
         return None
     peak = hardware.peak_tflops[config.train.precision] * 1e12
     world = config.layout.world
     each = work.hardware / world / peak
     compute = each * (
-        attention_share / hardware.efficiency["attention"] + (1 - attention_share) / hardware.efficiency["matmul"]
+        work.attention_share / hardware.efficiency["attention"]
+        + (1 - work.attention_share) / hardware.efficiency["matmul"]
     )
     sent = collectives(trace, hardware)
     all_to_all = sum(c.seconds or 0.0 for c in sent if c.name == "all_to_all")

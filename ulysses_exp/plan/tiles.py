@@ -35,11 +35,11 @@ class _Untraced(torch.autograd.Function):
 
 
 def _few(tensor: Tensor, chunks: int, dim: int = 0) -> tuple[Tensor, ...]:
-    """`Tensor.chunk`, with all but the first and the last two in one where there would be more than four."""
+    """`Tensor.chunk`, with all but the first and the last two in one where there would be more than three."""
     length = tensor.shape[dim]
     size = -(-length // chunks)
     number = -(-length // size)
-    if number <= 4:
+    if number <= 3:
         return _chunk(tensor, chunks, dim)
     last = length - (number - 1) * size
     tiles = tensor.split([size, (number - 3) * size, size, last], dim)

@@ -10,8 +10,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
-import pickle
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
@@ -66,6 +64,8 @@ def trace(request: Request) -> Trace:
     import deepspeed
     import torch
     import torch.distributed as dist
+    from deepspeed.accelerator import set_accelerator
+    from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     from ulysses_exp import memory as memory_savers
@@ -82,6 +82,8 @@ def trace(request: Request) -> Trace:
     if request.gpu:
         planned_device.register()
         device = torch.device(planned_device.NAME, 0)
+    else:
+        set_accelerator(CPU_Accelerator())
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     backend = f"cpu:fake,{planned_device.NAME}:fake" if request.gpu else "fake"
     dist.init_process_group(backend, store=FakeStore(), rank=0, world_size=layout.world)
@@ -269,30 +271,3 @@ def _sum(collectives: dict[str, dict[tuple[str, int], list[int]]]) -> list[tuple
             entry[0] += calls
             entry[1] += size
     return [(name, ranks, calls, size) for (name, ranks), (calls, size) in sorted(total.items())]
-
-
-def serve() -> None:
-    """Reads pickled requests from stdin, writes pickled traces to stdout; what the libraries print goes to stderr.
-
-    Each trace is a fork of this process, which has the imports done and nothing else: DeepSpeed keeps process groups
-    and settings in globals that the next trace must not find.
-    """
-    import deepspeed.runtime.zero.muon.original_muon  # noqa: F401  the first ZeRO engine would import it
-    import transformers.models.llama.modeling_llama  # noqa: F401
-
-    import ulysses_exp.session  # noqa: F401
-
-    answers = os.dup(1)
-    os.dup2(2, 1)
-    while True:
-        try:
-            request = pickle.load(sys.stdin.buffer)
-        except EOFError:
-            return
-        child = os.fork()
-        if child == 0:
-            with os.fdopen(answers, "wb") as file:
-                pickle.dump(trace(request), file)
-            os._exit(0)
-        if os.waitpid(child, 0)[1] != 0:
-            sys.exit(1)

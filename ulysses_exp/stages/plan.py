@@ -8,13 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from ulysses_exp.config import Config
-from ulysses_exp.metrics.flops import StepFlops, forward_flops, step_flops
-from ulysses_exp.models import pretrained_config
-from ulysses_exp.plan.hardware import GIB, Hardware, load
+from ulysses_exp.plan.forks import forks
+from ulysses_exp.plan.hardware import Hardware, load
 from ulysses_exp.plan.planner import Planner
-from ulysses_exp.plan.step_time import ASSUMPTIONS, collectives, step_time
+from ulysses_exp.plan.step_time import ASSUMPTIONS, Work, collectives, step_time, work
 from ulysses_exp.plan.trace import Trace
-from ulysses_exp.plan.tracers import tracers
 
 _MEMORY_ASSUMPTIONS = (
     "tensors as DeepSpeed, transformers and this project allocate them on rank 0, found by running their code on "
@@ -29,14 +27,17 @@ def plan(config: Config) -> dict[str, Any]:
 
     Raises:
         ConfigError: plan.hardware names no file in conf/hardware.
-        RuntimeError: the model, layout or memory options do not run, with the reason that a real run would give.
+        TraceError: the model, layout or memory options do not run.
     """
     hardware = load(config.plan.hardware)
-    with tracers() as pool:
-        planner = Planner(config, hardware, pool)
+    with forks(config) as pool:
+        planner = Planner(config, gpu=hardware.is_gpu, pool=pool)
+        (operations,) = pool.map(work, [config])
         trace = planner.at(config.train.seq_len)
-        longest = planner.longest(_step(config)) if config.plan.search else None
-    return entry(config, hardware, trace, longest, planner.depths)
+        longest = None
+        if config.plan.search:
+            longest = planner.longest(_step(config), hardware.budget, hardware.host_budget(config.layout.world))
+    return entry(config, hardware, trace, operations, longest, planner.depths)
 
 
 def _step(config: Config) -> int:
@@ -44,37 +45,18 @@ def _step(config: Config) -> int:
     return config.layout.sp * (256 if config.train.seq_len >= 256 * config.layout.sp * 16 else 1)
 
 
-def work(config: Config) -> tuple[StepFlops, float]:
-    """FLOPs of an optimizer step, and the share of the hardware's that core attention has."""
-    architecture = pretrained_config(config)
-    memory, train = config.memory, config.train
-    flops = step_flops(
-        architecture,
-        seq_len=train.seq_len,
-        sequences=train.global_batch_size,
-        recompute=memory.checkpointing != "none",
-        tiled_mlp=memory.tiled_mlp > 0,
-        tiled_loss=memory.tiled_loss > 0,
-    )
-    passes = 3 + (memory.checkpointing != "none")
-    attention = sum(layer.flops(train.seq_len) for layer in forward_flops(architecture).attention)
-    return flops, passes * attention * train.global_batch_size / flops.hardware
-
-
 def entry(
-    config: Config, hardware: Hardware, trace: Trace, longest: int | None, depths: tuple[int, ...]
+    config: Config, hardware: Hardware, trace: Trace, operations: Work, longest: int | None, depths: tuple[int, ...]
 ) -> dict[str, Any]:
     """What results.json says of a plan."""
-    flops, attention_share = work(config)
     scaled = _scaled(trace, config.accumulation)
-    time = step_time(config, hardware, scaled, flops, attention_share)
+    time = step_time(config, hardware, scaled, operations)
     phase = max(trace.device, key=trace.peak)
     kinds = {kind: size for kind, size in trace.device[phase].items() if size}
     memory = {kind: kinds.get(kind, 0) for kind in ("parameters", "gradients", "optimizer", "activations")}
     memory |= {kind: size for kind, size in kinds.items() if kind not in memory}
     host_peak = max((sum(kinds.values()) for kinds in trace.host.values()), default=0)
-    ranks_per_node = min(config.layout.world, hardware.gpus_per_node)
-    host_fits = hardware.host_memory_gib is None or host_peak * ranks_per_node <= hardware.host_memory_gib * GIB
+    host_fits = host_peak <= hardware.host_budget(config.layout.world)
     result: dict[str, Any] = {
         "status": "ok",
         "hardware": hardware.name,
@@ -92,8 +74,8 @@ def entry(
         "all_to_all_bytes_per_step": scaled.all_to_all_bytes,
         "collectives": [asdict(c) for c in collectives(scaled, hardware)],
         "host_copies_bytes_per_step": scaled.host_copies,
-        "model_flops_per_step": flops.model,
-        "hardware_flops_per_step": flops.hardware,
+        "model_flops_per_step": operations.model,
+        "hardware_flops_per_step": operations.hardware,
         "step_time_s": None if time is None else asdict(time),
         "mfu_bound": None if time is None else time.mfu_bound,
         "communication_share": None if time is None else time.communication_share,

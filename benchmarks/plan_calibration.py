@@ -1,0 +1,233 @@
+"""Plans beside real runs on this machine: bytes of the all-to-alls, and the peak of tensor memory.
+
+    python benchmarks/plan_calibration.py [--quick]
+
+Each cell trains a tiny model for two optimizer steps in real processes over gloo, under torch's profiler from before
+the model is built; the running sum of its memory events is what torch has allocated. The plan of the same
+configuration is made for `plan.hardware=cpu`. DeepSpeed's reduction buffer has 2 GB in stages 1 to 3 whatever the
+model, so errors are also given without it: that is the harder figure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ulysses_exp.config import Config, DataConfig, MemoryConfig, ModelConfig, OptimConfig
+from ulysses_exp.launch.task import Task
+from ulysses_exp.plan.forks import forks
+from ulysses_exp.plan.planner import Planner
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+STEPS = 2
+
+
+@dataclass(frozen=True)
+class Cell:
+    model: str
+    sp: int
+    zero: int
+    memory: str = "none"
+    precision: str = "fp32"
+    seq_len: int = 2048
+    exchange: str = "fused"
+    accumulation: int = 2
+
+    @property
+    def name(self) -> str:
+        return (
+            f"{self.model} sp{self.sp}-z{self.zero} {self.memory} {self.precision} {self.exchange} {self.seq_len} "
+            f"tokens, {self.accumulation} micro steps"
+        )
+
+
+def cells() -> list[Cell]:
+    """Every head layout, sp 2 and 4, and all stages; then options one at a time."""
+    chosen = [
+        Cell(model, sp, zero)
+        for model in ("tiny_llama_mha", "tiny_llama", "tiny_llama_mqa")
+        for sp in (2, 4)
+        for zero in (0, 1, 2, 3)
+    ]
+    for zero in (0, 1, 2, 3):
+        chosen += [
+            Cell("tiny_llama", 1, zero),
+            Cell("tiny_llama", 2, zero, "alst"),
+            Cell("tiny_llama", 2, zero, precision="bf16"),
+        ]
+    chosen += [Cell("tiny_llama", 2, 2, memory) for memory in ("checkpointing", "tiled_loss", "tiled_mlp")]
+    chosen += [Cell(model, 2, 3, exchange="deepspeed") for model in ("tiny_llama_mha", "tiny_llama_mqa")]
+    chosen += [Cell("tiny_mistral_window", 2, 2), Cell("tiny_llama", 2, 3, accumulation=4)]
+    return chosen
+
+
+def configuration(cell: Cell) -> Config:
+    def read(group: str, name: str) -> dict[str, Any]:
+        return yaml.safe_load((ROOT / "conf" / group / f"{name}.yaml").read_text())
+
+    config = Config()
+    config.model = ModelConfig(**read("model", cell.model))
+    config.memory = MemoryConfig(**read("memory", cell.memory))
+    config.data = DataConfig(name="text")
+    config.optim = OptimConfig(name="adamw", lr=1e-3)
+    config.sp = replace(config.sp, size=cell.sp, exchange=cell.exchange)
+    config.zero = replace(config.zero, stage=cell.zero)
+    config.train = replace(
+        config.train,
+        seq_len=cell.seq_len,
+        steps=STEPS,
+        precision=cell.precision,
+        global_batch_size=cell.accumulation,
+    )
+    config.launch = replace(config.launch, name="local", timeout_s=60)
+    config.device = "cpu"
+    return config
+
+
+def rank(number: int, config: Config, folder: str) -> None:
+    """Trains; rank 0 leaves the largest number of bytes that its tensors took at once, and its all-to-alls."""
+    os.environ.update(RANK=str(number), LOCAL_RANK=str(number), WORLD_SIZE=str(config.layout.world))
+    os.environ.pop("LOCAL_SIZE", None)
+    import deepspeed
+    import torch
+    import torch.distributed as dist
+
+    from ulysses_exp.session import open_session
+    from ulysses_exp.training import optimizer_step
+
+    torch.set_num_threads(1)
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    store = dist.FileStore(f"{folder}/store", config.layout.world)
+    dist.init_process_group("gloo", store=store, rank=number, world_size=config.layout.world)
+    deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
+    task = Task("calibration", config, (), Path(folder))
+    profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
+    with profiler, open_session(task, number) as session:
+        session.engine.train()
+        steps = [optimizer_step(session, step) for step in range(STEPS)]
+    dist.destroy_process_group()
+    if number == 0:
+        live = peak = 0
+        events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+        for event in sorted(events, key=lambda e: e.start_ns()):
+            live += event.nbytes()
+            peak = max(peak, live)
+        measured = {
+            "peak_bytes": peak,
+            "all_to_all_calls": steps[-1].all_to_all_calls,
+            "all_to_all_bytes": steps[-1].all_to_all_bytes,
+        }
+        Path(folder, "measured.json").write_text(json.dumps(measured))
+
+
+def measure(config: Config) -> dict[str, int]:
+    """Runs `config` on real ranks. Raises RuntimeError where one of them fails."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["ulysses_exp.preload", "ulysses_exp.session"])
+    with tempfile.TemporaryDirectory() as folder:
+        ranks = [context.Process(target=rank, args=(n, config, folder)) for n in range(config.layout.world)]
+        for process in ranks:
+            process.start()
+        for process in ranks:
+            process.join(180)
+            if process.is_alive():
+                process.kill()
+        if any(process.exitcode != 0 for process in ranks):
+            raise RuntimeError(f"ranks ended with {[process.exitcode for process in ranks]}")
+        return json.loads(Path(folder, "measured.json").read_text())
+
+
+def compared(chosen: list[Cell]) -> Iterator[dict[str, Any]]:
+    with forks(Config()) as pool:
+        for cell in chosen:
+            config = configuration(cell)
+            measured = measure(config)
+            trace = Planner(config, gpu=False, pool=pool).at(cell.seq_len)
+            micro = config.accumulation / min(config.accumulation, 2)
+            buffer = 2_000_000_000 if cell.zero else 0
+            buffer = buffer if trace.peak() > buffer else 0
+            yield {
+                "cell": cell.name,
+                "zero": cell.zero,
+                "predicted_peak_bytes": trace.peak(),
+                "measured_peak_bytes": measured["peak_bytes"],
+                "relative": trace.peak() / measured["peak_bytes"] - 1,
+                "relative_without_buffer": (trace.peak() - buffer) / (measured["peak_bytes"] - buffer) - 1,
+                "predicted_all_to_all_bytes": round(trace.all_to_all_bytes * micro),
+                "measured_all_to_all_bytes": measured["all_to_all_bytes"],
+                "predicted_all_to_all_calls": round(trace.all_to_all_calls * micro),
+                "measured_all_to_all_calls": measured["all_to_all_calls"],
+            }
+
+
+def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """What every plan shows of its own reliability."""
+    return {
+        "measured_on": f"CPU and gloo, {date.today()}, torch {version('torch')}, deepspeed {version('deepspeed')}, "
+        f"transformers {version('transformers')}",
+        "cells": len(rows),
+        "max_abs_relative_memory_error": max(abs(r["relative"]) for r in rows),
+        "max_abs_relative_memory_error_without_reduction_buffer": max(abs(r["relative_without_buffer"]) for r in rows),
+        "all_to_all_bytes_exact": all(
+            r["predicted_all_to_all_bytes"] == r["measured_all_to_all_bytes"]
+            and r["predicted_all_to_all_calls"] == r["measured_all_to_all_calls"]
+            for r in rows
+        ),
+        "gpu": "not measured",
+    }
+
+
+def markdown(rows: list[dict[str, Any]], total: dict[str, Any]) -> str:
+    lines = [
+        "# Plans beside real runs",
+        "",
+        f"{total['measured_on']}; made by `python benchmarks/plan_calibration.py`, which says how. On a GPU: "
+        f"{total['gpu']}.",
+        "",
+        f"- All-to-all calls and bytes equal in every cell: {'yes' if total['all_to_all_bytes_exact'] else 'NO'}",
+        f"- Largest error of the memory peak: {total['max_abs_relative_memory_error']:.2%}, "
+        f"{total['max_abs_relative_memory_error_without_reduction_buffer']:.2%} without DeepSpeed's 2 GB buffer",
+        "",
+        "| cell | peak, MB: predicted | measured | error | without the buffer | all-to-all bytes: predicted | measured |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for r in rows:
+        lines.append(
+            f"| {r['cell']} | {r['predicted_peak_bytes'] / 1e6:.2f} | {r['measured_peak_bytes'] / 1e6:.2f} | "
+            f"{r['relative']:+.2%} | {r['relative_without_buffer']:+.2%} | {r['predicted_all_to_all_bytes']:,} | "
+            f"{r['measured_all_to_all_bytes']:,} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="one cell a stage; records nothing")
+    quick = parser.parse_args().quick
+    chosen = [Cell("tiny_llama", 2, zero) for zero in (0, 1, 2, 3)] if quick else cells()
+    rows = []
+    for row in compared(chosen):
+        rows.append(row)
+        print(markdown([row], summary([row])).splitlines()[-1], flush=True)
+    total = summary(rows)
+    print(json.dumps(total, indent=1))
+    if not quick:
+        RESULTS.mkdir(exist_ok=True)
+        (RESULTS / "plan_calibration.json").write_text(json.dumps({"summary": total, "cells": rows}, indent=1))
+        (RESULTS / "plan_calibration.md").write_text(markdown(rows, total))
+
+
+if __name__ == "__main__":
+    main()

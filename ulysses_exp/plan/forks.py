@@ -1,0 +1,95 @@
+"""Traces, each in a process of its own: a fork of the warm server that also starts ranks.
+
+A trace gives torch a device and DeepSpeed an accelerator and process groups, none of which can be taken back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import multiprocessing
+import os
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from typing import Any, TypeVar
+
+from ulysses_exp.config import Config, ConfigError, device_of
+from ulysses_exp.launch.local import warm_up
+
+A = TypeVar("A")
+R = TypeVar("R")
+
+log = logging.getLogger("ulysses_exp")
+
+
+class TraceError(RuntimeError):
+    """The model, layout or memory options do not run; `str()` is the reason that a real run would give."""
+
+
+class Forks:
+    """Calls functions in fresh processes, a few at a time. Use `forks`."""
+
+    def __init__(self, at_a_time: int):
+        self._threads = ThreadPoolExecutor(at_a_time)
+        self._running: set[BaseProcess] = set()
+
+    def map(self, function: Callable[[A], R], arguments: Sequence[A]) -> list[R]:
+        """`function` of each of `arguments`, in order. Raises TraceError, ConfigError."""
+        return list(self._threads.map(lambda argument: self._call(function, argument), arguments))
+
+    def _call(self, function: Callable[[A], R], argument: A) -> R:
+        context = multiprocessing.get_context("forkserver")
+        receiver, sender = context.Pipe(duplex=False)
+        process = context.Process(target=_answer, args=(function, argument, sender), daemon=True)
+        process.start()
+        self._running.add(process)
+        sender.close()
+        try:
+            result, error, trace = receiver.recv()
+        except EOFError:
+            process.join()
+            raise TraceError(f"the trace of the model ended with exit code {process.exitcode}") from None
+        finally:
+            process.join()
+            self._running.discard(process)
+            receiver.close()
+        if error is not None:
+            log.error("plan: %s", trace)
+            raise error
+        return result
+
+    def close(self) -> None:
+        """Ends what is still running."""
+        for process in list(self._running):
+            process.kill()
+        self._threads.shutdown(cancel_futures=True)
+
+
+@contextlib.contextmanager
+def forks(config: Config) -> Iterator[Forks]:
+    """As many processes at a time as there are cores, two at most: more traces than that are never asked for."""
+    warm_up(device_of(config))
+    pool = Forks(min(2, os.cpu_count() or 1))
+    try:
+        yield pool
+    finally:
+        pool.close()
+
+
+def _answer(function: Callable[[Any], Any], argument: Any, sender: Connection) -> None:
+    """In the fork: sends (result, exception, trace). What the libraries print goes nowhere."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):
+        os.dup2(nowhere, stream)
+    try:
+        sender.send((function(argument), None, None))
+    except Exception as error:
+        told = error if isinstance(error, ConfigError) else TraceError(f"{type(error).__name__}: {_first_line(error)}")
+        sender.send((None, told, traceback.format_exc()))
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), "no message")
