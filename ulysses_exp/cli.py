@@ -49,6 +49,8 @@ def main() -> None:
                 sweep.total = jobs_of([*axes, *arguments.overrides]) if axes else 1
         _hydra(sweep)
     except KeyboardInterrupt:
+        if arguments.multirun:
+            print(sweep.summary())
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
@@ -58,7 +60,7 @@ def main() -> None:
         print(message, file=sys.stderr)
         sys.exit(2)
     if arguments.multirun:
-        _sweep_summary(sweep)
+        print(sweep.summary())
     sys.exit(sweep.exit_code())
 
 
@@ -68,13 +70,12 @@ def _register_resolvers() -> None:
 
     from omegaconf import OmegaConf
 
+    from ulysses_exp.sweep import job_name
+
     now = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     OmegaConf.register_new_resolver("sweep_folder", lambda name: name or now, replace=True)
 
-    def job_folder(overrides: str, number: int) -> str:
-        return re.sub(r"[^\w.=,+-]+", "_", overrides or "")[:150].strip("_,") or str(number)
-
-    OmegaConf.register_new_resolver("job_folder", job_folder, replace=True)
+    OmegaConf.register_new_resolver("job_folder", job_name, replace=True)
 
 
 def _compose(overrides: list[str]) -> list[str]:
@@ -147,15 +148,19 @@ def _run_job(cfg: Any, sweep: Sweep) -> None:
         sweeps.clear(folder)
         (folder / "results.json").write_text(json.dumps(sweeps.skipped(cfg, str(error)), indent=1))
         sweep.add("skipped", name, str(error), ran=False)
-        console.print(f"[yellow]skipped[/] {name}: {error}", highlight=False)
+        console.print(f"[yellow]skipped[/] {name}: {error}", highlight=False, soft_wrap=True)
         return
     OmegaConf.save(cfg, folder / ".hydra" / "config.yaml")  # with what it inherits from checkpoint.source
     if multirun and sweeps.finished(config, folder):
         sweep.add("ok", name, None, ran=False)
-        console.print(f"[green]done[/] {name}", highlight=False)
+        console.print(f"[green]done[/] {name}", highlight=False, soft_wrap=True)
         return
     sweeps.clear(folder)
-    results = _launch(config, folder, hydra_config, sweep.headline() if multirun else None, console)
+    try:
+        results = _launch(config, folder, hydra_config, sweep.headline() if multirun else None, console)
+    except KeyboardInterrupt:
+        sweep.add("interrupted", name, "it runs again when the sweep does")
+        raise
     sweep.add(results["status"], name, results["error"])
 
 
@@ -163,7 +168,7 @@ def _launch(config: Config, folder: Path, hydra_config: Any, headline: str | Non
     from ulysses_exp.config import device_of
     from ulysses_exp.launch.local import warm_up
 
-    if config.launch.name == "local" and set(config.stages) != {"plan"}:
+    if config.launch.name == "local":
         warm_up(device_of(config))  # the ranks' imports run beside ours
     from ulysses_exp import job
     from ulysses_exp.launch import open_ranks
@@ -174,15 +179,6 @@ def _launch(config: Config, folder: Path, hydra_config: Any, headline: str | Non
         return job.run(config, folder, group=group, ranks=ranks, console=console, headline=headline)
     finally:
         ranks.close()
-
-
-def _sweep_summary(sweep: Sweep) -> None:
-    from collections import Counter
-
-    counts = ", ".join(f"{number} {outcome}" for outcome, number in Counter(sweep.outcomes).items())
-    print(f"sweep: {counts}")
-    for failure in sweep.failures:
-        print(f"  {failure}")
 
 
 def _user_message(error: Exception) -> str | None:

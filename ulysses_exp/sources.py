@@ -27,6 +27,17 @@ def run_folders(source: str) -> list[Path]:
     return found
 
 
+def newest_manifests(source: str) -> list[Path]:
+    """The manifests of the newest checkpoints that `source` names."""
+    manifests = []
+    for folder in run_folders(source):
+        latest = folder / "checkpoints" / "latest"
+        newest = latest.parent / latest.read_text().strip() if latest.exists() else folder
+        if (newest / "manifest.json").exists():
+            manifests.append(newest / "manifest.json")
+    return manifests
+
+
 def inherit(cfg: DictConfig, overrides: list[str]) -> DictConfig:
     """`cfg` with the sections of the source's configuration, then with the user's own `overrides` of them again."""
     source = cfg.checkpoint.source

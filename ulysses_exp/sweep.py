@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 import time
 from collections import Counter
@@ -17,6 +18,8 @@ from typing import Any
 from omegaconf import DictConfig
 
 from ulysses_exp.config import Config
+from ulysses_exp.report.units import of_seconds
+from ulysses_exp.sources import newest_manifests
 
 #: Settings of a job that do not change its result
 _NOT_PART_OF_THE_RESULT = ("sweep", "tracker", "launch")
@@ -25,22 +28,43 @@ _WRITTEN_BY_A_JOB = ("results.json", "metrics.jsonl", "run.log", "ranks", "check
 
 
 def fingerprint(config: Config) -> str:
-    """Two jobs with the same fingerprint give the same result."""
+    """Two jobs with the same fingerprint give the same result: the same settings, and the same source if any."""
     plain = {key: value for key, value in asdict(config).items() if key not in _NOT_PART_OF_THE_RESULT}
+    if config.checkpoint.source is not None:  # trained again, it is another one
+        plain["source"] = [path.read_text() for path in newest_manifests(config.checkpoint.source)]
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def finished(config: Config, folder: Path) -> str | None:
-    """The status of an earlier run of this job that need not run again, else None."""
+def finished(config: Config, folder: Path) -> bool:
+    """Whether an earlier run of this job went well and need not be repeated.
+
+    `sweep.rerun` says what else is repeated: `changed` (default) what was configured differently, `failed` nothing,
+    `all` everything.
+    """
     try:
         earlier = json.loads((folder / "results.json").read_text())
     except (OSError, ValueError):
-        return None
-    same = earlier.get("fingerprint") == fingerprint(config)
-    rerun = config.sweep.rerun
-    if rerun == "all" or earlier.get("status") != "ok":
-        return None
-    return "ok" if same or rerun == "failed" else None
+        return False
+    if config.sweep.rerun == "all" or earlier.get("status") != "ok":
+        return False
+    return config.sweep.rerun == "failed" or earlier.get("fingerprint") == fingerprint(config)
+
+
+def job_name(overrides: str, number: int, sweep: str | None) -> str:
+    """The folder of a job: its overrides, e.g. `sp.size=2,zero.stage=3`.
+
+    Args:
+        overrides: Hydra's `override_dirname`.
+        number: of the job, its name where nothing is overridden.
+        sweep: `sweep.name`; a study named like the sweep is not said twice.
+    """
+    parts = [part for part in re.split(r",(?=[\w./+~-]+=)", overrides) if part != f"experiment={sweep}"]
+    whole = ",".join(parts)
+    short = ",".join(re.sub(r"=.*/", "=", part.rstrip("/'")) for part in parts)[:100]  # of a path its last folder
+    name = re.sub(r"[^\w.=,+-]+", "_", short).strip("_,") or str(number)
+    if short != whole:  # two jobs whose names were cut to the same
+        name += "-" + hashlib.sha256(whole.encode()).hexdigest()[:8]
+    return name
 
 
 def skipped(cfg: DictConfig, reason: str) -> dict[str, Any]:
@@ -78,13 +102,26 @@ class Sweep:
             self.failures.append(f"{name}: {outcome}: {reason}")
 
     def headline(self) -> str:
-        """How far the sweep is, e.g. `job 3/12, 2 ok, 1 failed, 1:10 left`."""
-        counts = Counter(self.outcomes)
-        parts = [f"job {len(self.outcomes) + 1}/{self.total}", *(f"{n} {outcome}" for outcome, n in counts.items())]
+        """How far the sweep is, e.g. `sweep: 3 of 12 done (2 ok, 1 failed), job 4 running, 1:10 min left`."""
+        done = len(self.outcomes)
+        text = f"sweep: {done} of {self.total} done"
+        if done:
+            text += f" ({self.counts()})"
+        text += f", job {done + 1} running"
         if self.ran:
-            left = (time.monotonic() - self.started) / self.ran * (self.total - len(self.outcomes))
-            parts.append(f"{int(left // 60)}:{int(left % 60):02d} left")
-        return ", ".join(parts)
+            text += f", {of_seconds((time.monotonic() - self.started) / self.ran * (self.total - done))} left"
+        return text
+
+    def counts(self) -> str:
+        """Jobs by outcome, e.g. `2 ok, 1 failed`."""
+        return ", ".join(f"{number} {outcome}" for outcome, number in Counter(self.outcomes).items())
+
+    def summary(self) -> str:
+        """The whole sweep in a line, and a line for each job that is not ok."""
+        text = f"sweep: {self.counts() or 'no job ended'}"
+        if missing := self.total - len(self.outcomes):
+            text += f", {missing} not run"
+        return "\n".join([text, *(f"  {failure}" for failure in self.failures)])
 
     def exit_code(self) -> int:
         """0 all ok or skipped, 1 a job failed, 2 no job could run, 130 interrupted."""

@@ -18,8 +18,9 @@ from ulysses_exp.config import device_of
 from ulysses_exp.launch import failure
 from ulysses_exp.launch.orphans import die_with_parent
 from ulysses_exp.launch.task import Task
+from ulysses_exp.memory_limit import held, limited
 from ulysses_exp.session import Session, open_session
-from ulysses_exp.stages import continuation, evaluate, parity, reload, train
+from ulysses_exp.stages import continuation, evaluate, longest, parity, reload, train
 
 #: What a task can ask of a session; each returns a JSON-able dict, the same on every rank.
 WORK: dict[str, Callable[[Session], dict[str, Any]]] = {
@@ -28,6 +29,7 @@ WORK: dict[str, Callable[[Session], dict[str, Any]]] = {
     "continuation": continuation.continuation,
     "reload": reload.reload,
     "trajectory": parity.trajectory,
+    "try_length": longest.try_length,
 }
 
 
@@ -36,7 +38,7 @@ def run(task: Task, rank: int, store: dist.Store) -> None:
     die_with_parent()
     try:
         torch.set_num_threads(_threads())
-        with _process_group(task, rank, store), open_session(task, rank) as session:
+        with _process_group(task, rank, store), _session(task, rank) as session:
             if rank == 0:
                 _leave(task.results / "session.json", session.describe())
             for work in task.work:
@@ -46,6 +48,18 @@ def run(task: Task, rank: int, store: dist.Store) -> None:
     except BaseException as error:
         failure.record(task.results, rank, error)
         raise
+
+
+@contextlib.contextmanager
+def _session(task: Task, rank: int) -> Iterator[Session]:
+    """The session, in no more memory than `options["memory_bytes"]` where the task has that."""
+    before = held()
+    with open_session(task, rank) as session:
+        if (budget := task.options.get("memory_bytes")) is None:
+            yield session
+        else:
+            with limited(session.device, budget, before):
+                yield session
 
 
 def _threads() -> int:

@@ -1,6 +1,14 @@
-"""Multirun: all jobs run, wrong combinations are skipped, done jobs are not run again."""
+"""Multirun: all jobs run, wrong combinations are skipped, done jobs are not run again, whatever ended the last try."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+from checkout import ROOT
+from descendants import alive, children, gone
 
 QUICK = ["stages=[train]", "train.steps=2", "train.seq_len=32", "train.unmeasured_steps=0", "device=cpu",
          "tracker.mode=disabled"]  # fmt: skip
@@ -13,17 +21,22 @@ def statuses(folder):
     }
 
 
+def stamps(folder):
+    """When each job of the sweep last logged a step."""
+    return {p.parent.name: p.stat().st_mtime_ns for p in folder.glob("outputs/sweeps/names/*/metrics.jsonl")}
+
+
 def test_a_sweep_resumes(command, tmp_path):
     sweep = ["-m", "sweep.name=names", "sp.size=1,2,3", *QUICK]
     first = command(*sweep, cwd=tmp_path)
     assert first.returncode == 0, first.stdout + first.stderr
-    found = statuses(tmp_path)
-    assert sorted(found.values()) == ["ok", "ok", "skipped"]
-    stamps = {p: p.stat().st_mtime_ns for p in tmp_path.glob("outputs/sweeps/names/*/metrics.jsonl")}
+    assert "sweep: 1 of 3 done (1 ok), job 2 running" in first.stdout
+    assert sorted(statuses(tmp_path).values()) == ["ok", "ok", "skipped"]
+    trained = stamps(tmp_path)
 
     again = command(*sweep, cwd=tmp_path)
     assert again.returncode == 0
-    assert {p: p.stat().st_mtime_ns for p in stamps} == stamps  # nothing trained again
+    assert stamps(tmp_path) == trained  # nothing trained again
 
     changed = command(*[o.replace("train.steps=2", "train.steps=3") for o in sweep], cwd=tmp_path)
     assert changed.returncode == 0
@@ -38,3 +51,61 @@ def test_a_failing_job_does_not_end_the_sweep(command, tmp_path):
     assert done.returncode == 1, done.stdout + done.stderr
     assert sorted(statuses(tmp_path).values()) == ["failed", "ok"]
     assert "no model in" in done.stdout
+
+
+class RunningSweep:
+    """Three jobs of one rank, stopped while the second trains."""
+
+    SECONDS = 90
+
+    def __init__(self, folder):
+        self.folder, self.began = folder, time.time()
+        self.process = subprocess.Popen(
+            [sys.executable, str(ROOT / "run.py"), "-m", "sweep.name=names", "sp.size=1", "seed=0,1,2", *QUICK,
+             "train.steps=100"],
+            cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+
+    def send(self, number):
+        """Sends a signal once the second job has made a step; returns the processes that the sweep had by then."""
+        end = time.monotonic() + self.SECONDS
+        while not self._trains():
+            assert self.process.poll() is None and time.monotonic() < end, self.process.communicate()
+            time.sleep(0.01)
+        started = children(self.process.pid)
+        started += [rank for process in started for rank in children(process)]
+        os.kill(self.process.pid, number)
+        return started
+
+    def _trains(self):
+        logs = list(self.folder.glob("outputs/sweeps/names/*seed=1*/metrics.jsonl"))
+        return bool(logs) and logs[0].stat().st_mtime > self.began and logs[0].stat().st_size > 0
+
+
+def test_a_sweep_goes_on_after_ctrl_c_and_after_sigkill(tmp_path):
+    shared_memory = set(os.listdir("/dev/shm"))
+    sweep = RunningSweep(tmp_path)
+    started = sweep.send(signal.SIGINT)
+    out, err = sweep.process.communicate(timeout=30)
+    assert sweep.process.returncode == 130, out + err
+    assert "sweep: 1 ok, 1 interrupted, 1 not run" in out and "Traceback" not in out + err
+    assert gone(started, 10)
+    assert list(statuses(tmp_path).values()) == ["ok", "interrupted"]
+    first = next(iter(stamps(tmp_path).items()))
+
+    sweep = RunningSweep(tmp_path)
+    started = sweep.send(signal.SIGKILL)
+    assert len(started) >= 2, "a forkserver and a rank"
+    assert gone(started, 10), "ranks outlive their parent"
+    sweep.process.communicate()
+    assert first in stamps(tmp_path).items()
+
+    sweep = RunningSweep(tmp_path)
+    out, err = sweep.process.communicate(timeout=RunningSweep.SECONDS)
+    assert sweep.process.returncode == 0, out + err
+    assert list(statuses(tmp_path).values()) == ["ok"] * 3
+    assert first in stamps(tmp_path).items(), "what was done is not run again"
+    end = time.monotonic() + 5  # the resource tracker removes semaphores after their owners have ended
+    while (left := set(os.listdir("/dev/shm")) - shared_memory) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert not left and not any(map(alive, started))

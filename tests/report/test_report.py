@@ -226,6 +226,23 @@ def test_ideal_memory_is_the_smallest_sp_divided(tmp_path):
     assert list(ideal.get_ydata()) == [peaks[0], peaks[0] / 4]
 
 
+def test_longest_sequence_is_drawn_by_sp_and_kept_out_of_comparisons(tmp_path):
+    for sp, tokens in ((1, 1000), (2, 1900)):
+        made = results(sp)
+        made["stages"] = {"train": made["stages"]["train"] | {"max_seq_len": tokens, "shortest_failed": tokens + 100}}
+        del made["stages"]["train"]["step_split_s"]
+        write(tmp_path / str(sp), made)
+    found = runs.find([tmp_path])
+    assert [run.seq_len for run in found] == [1000, 1900]
+    assert [picture.name for picture in pictures.draw(found)] == ["longest"], "other lengths are other experiments"
+    canvas = pictures.longest(found)
+    assert canvas is not None
+    measured, ideal = canvas.axes[0].get_lines()
+    assert list(measured.get_ydata()) == [1000, 1900]
+    assert list(ideal.get_ydata()) == [1000, 2000]
+    assert "1,900" in [text for row in table.table(found).rows for _, text in row]
+
+
 def test_columns_without_a_figure_are_left_out(tmp_path):
     made = results(2)
     made["stages"] = {"train": made["stages"]["train"]}

@@ -11,6 +11,10 @@ from pathlib import Path
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "std::bad_alloc")
 
 
+def _says_out_of_memory(text: str) -> bool:
+    return any(mark in text.lower() for mark in _OUT_OF_MEMORY)
+
+
 class RankFailure(Exception):
     """`str()` is for the user: the rank, what it said. `trace` is for the log."""
 
@@ -18,11 +22,16 @@ class RankFailure(Exception):
         super().__init__(f"rank {rank}: {message}")
         self.rank, self.message, self.trace = rank, message, trace
 
+    @property
+    def out_of_memory(self) -> bool:
+        """Whether memory ran out, as far as the rank, or the kernel that killed it, could say."""
+        return _says_out_of_memory(self.message)
+
 
 def record(folder: Path, rank: int, error: BaseException) -> None:
     """Leaves `error` of `rank` where the parent finds it. The time tells the first failure from those it caused."""
     text = str(error)
-    oom = isinstance(error, MemoryError) or any(mark in text.lower() for mark in _OUT_OF_MEMORY)
+    oom = isinstance(error, MemoryError) or _says_out_of_memory(text)
     message = f"{type(error).__name__}: {text}" if text else type(error).__name__
     entry = {
         "time": time.time(),
@@ -40,6 +49,9 @@ def first_failure(folder: Path, exitcodes: dict[int, int | None]) -> RankFailure
             hint = (
                 " (SIGKILL: the kernel's answer to out of memory, unless somebody sent it)" if name == "SIGKILL" else ""
             )
+            said = folder / f"rank{rank}.err"
+            if name == "SIGABRT" and said.exists() and "std::bad_alloc" in said.read_text(errors="replace"):
+                hint = " (out of memory: std::bad_alloc in a thread of its own)"
             return RankFailure(rank, f"killed by {name}{hint}")
     errors = []
     for path in folder.glob("error-rank*.json"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,7 +53,9 @@ def names() -> list[str]:
 
 def throughput(runs: list[Run]) -> Figure | None:
     """Tokens per second against sequence length, a line for each sp; against sp where there is one length only."""
-    measured = [run for run in runs if run.layout and run.seq_len and run.figure("train.tokens_per_second")]
+    measured = [
+        run for run in _comparable(runs) if run.layout and run.seq_len and run.figure("train.tokens_per_second")
+    ]
     if len({run.seq_len for run in measured}) > 1:
         axis, line, label = _length, "sp", "sequence length (tokens)"
     elif len({_sp(run) for run in measured}) > 1:
@@ -72,7 +74,9 @@ def throughput(runs: list[Run]) -> Figure | None:
 
 def memory(runs: list[Run]) -> Figure | None:
     """Peak memory of the worst rank against sp, beside the ideal: the smallest sp's divided by sp."""
-    measured = [run for run in runs if run.layout and run.seq_len and run.figure("train.peak_memory_bytes.max")]
+    measured = [
+        run for run in _comparable(runs) if run.layout and run.seq_len and run.figure("train.peak_memory_bytes.max")
+    ]
     if len({_sp(run) for run in measured}) < 2:
         return None
     line = "seq_len" if len({run.seq_len for run in measured}) > 1 else "zero"
@@ -80,20 +84,31 @@ def memory(runs: list[Run]) -> Figure | None:
         measured, _sp, line, lambda run: run.figure("train.peak_memory_bytes.max") / GIB, "sequence-parallel ranks (sp)"
     )
     panels[0].set_ylabel("peak memory, worst rank (GiB)")
-    dots: dict[str, Any] = {"linestyle": (0, (1, 2)), "linewidth": 1.0}
+    _ideal(panels, lambda sps, peaks: peaks[0] * sps[0] / sps, "ideal: 1/sp")
+    return canvas
+
+
+def longest(runs: list[Run]) -> Figure | None:
+    """The longest sequence that trains against sp, beside the ideal: the smallest sp's times sp."""
+    measured = [run for run in runs if run.layout and run.figure("train.max_seq_len")]
+    if len({_sp(run) for run in measured}) < 2:
+        return None
+    canvas, panels = _panels(
+        measured, _sp, "zero", lambda run: run.figure("train.max_seq_len"), "sequence-parallel ranks (sp)", {"seq_len"}
+    )
+    panels[0].set_ylabel("longest sequence that trains (tokens)")
+    _ideal(panels, lambda sps, tokens: tokens[0] * sps / sps[0], "ideal: in proportion to sp")
+    top = 1.05 * max(float(np.max(line.get_ydata())) for axes in panels for line in axes.get_lines())
     for axes in panels:
-        for drawn in axes.get_lines():
-            sps, peaks = (np.asarray(values, dtype=float) for values in drawn.get_data())
-            axes.plot(sps, peaks[0] * sps[0] / sps, color=drawn.get_color(), label="_ideal", **dots)
-        handles, names = axes.get_legend_handles_labels()
-        axes.legend([*handles, Line2D([], [], color=FAINT, **dots)], [*names, "ideal: 1/sp"], loc="best")
+        axes.set_ylim(0, top)
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     return canvas
 
 
 def loss(runs: list[Run]) -> Figure | None:
     """Loss curves of runs that must have the same one, and how far each is from the first."""
     trained: dict[str, list[Run]] = {}
-    for run in runs:
+    for run in _comparable(runs):
         if run.losses:
             trained.setdefault(run.experiment, []).append(run)
     largest = sorted(trained.values(), key=len, reverse=True)[:3]
@@ -278,6 +293,22 @@ def parity(runs: list[Run]) -> Figure | None:
     return canvas
 
 
+def _comparable(runs: list[Run]) -> list[Run]:
+    """Runs at a length that was asked for; those that searched the longest have each their own."""
+    return [run for run in runs if not run.figure("train.max_seq_len")]
+
+
+def _ideal(panels: list[Axes], ideal: Callable[[np.ndarray, np.ndarray], np.ndarray], name: str) -> None:
+    """A dotted line beside each line: what `ideal` makes of its sp and values."""
+    dots: dict[str, Any] = {"linestyle": (0, (1, 2)), "linewidth": 1.0}
+    for axes in panels:
+        for drawn in axes.get_lines():
+            sps, values = (np.asarray(data, dtype=float) for data in drawn.get_data())
+            axes.plot(sps, ideal(sps, values), color=drawn.get_color(), label="_ideal", **dots)
+        handles, names = axes.get_legend_handles_labels()
+        axes.legend([*handles, Line2D([], [], color=FAINT, **dots)], [*names, name], loc="best")
+
+
 def _length(run: Run) -> int:
     return run.seq_len or 0
 
@@ -287,13 +318,18 @@ def _sp(run: Run) -> int:
 
 
 def _panels(
-    runs: list[Run], axis: Callable[[Run], int], line: str, value: Callable[[Run], float], label: str
+    runs: list[Run],
+    axis: Callable[[Run], int],
+    line: str,
+    value: Callable[[Run], float],
+    label: str,
+    besides: Iterable[str] = (),
 ) -> tuple[Figure, list[Axes]]:
-    """Lines of `value` against `axis`, one for each value of trait `line`; a panel for each other difference.
+    """Lines of `value` against `axis`, one for each value of trait `line`; a panel for each difference not `besides`.
 
     Panels without a line (one point each) are left out where others have one, and those beyond six.
     """
-    on_axes = {line, "sp" if axis is _sp else "seq_len"}
+    on_axes = {line, "sp" if axis is _sp else "seq_len", *besides}
     names = [name for name in differing(runs) if name not in on_axes]
     found: dict[str, dict[str, dict[int, float]]] = {}
     for run in runs:
@@ -417,6 +453,12 @@ _PICTURES: tuple[tuple[str, str, str, Callable[[list[Run]], Figure | None]], ...
         "Peak memory",
         "The worst rank's peak. Dotted: what sharding everything perfectly over sp would give.",
         memory,
+    ),
+    (
+        "longest",
+        "Longest sequence",
+        "Found by trying, in a limited memory of each rank. Dotted: in proportion to sp.",
+        longest,
     ),
     (
         "loss",

@@ -73,8 +73,8 @@ class Run:
 
     @property
     def seq_len(self) -> int | None:
-        """Tokens of a sequence over all of its ranks."""
-        return self.setting("train.seq_len")
+        """Tokens of a sequence over all of its ranks: as configured, or the longest that a search has found."""
+        return self.figure("train.max_seq_len") or self.setting("train.seq_len")
 
     @cached_property
     def losses(self) -> dict[int, float]:
@@ -105,6 +105,7 @@ class Run:
         """Equal for runs that must have the same loss curve: settings without the layout and what follows."""
         kept = {key: value for key, value in self.config.items() if key not in _NOT_PART_OF_THE_LOSS}
         kept["first"] = min(self.losses, default=None)
+        kept["seq_len"] = self.seq_len
         return json.dumps(kept, sort_keys=True, default=str)
 
 

@@ -64,7 +64,8 @@ _COLUMNS = (
     Column("reload", _exact_cells, lambda cells: f"{cells[0]}/{cells[1]}"),
     Column("parity", _parity, of_difference, narrow=False),
     Column("planned memory", lambda r: r.figure("plan.peak_memory_bytes_per_rank.total"), of_bytes, narrow=False),
-    Column("longest sequence", lambda r: r.figure("plan.max_seq_len"), lambda tokens: f"{tokens:,}", narrow=False),
+    Column("longest sequence", lambda r: r.figure("train.max_seq_len"), lambda tokens: f"{tokens:,}"),
+    Column("planned longest", lambda r: r.figure("plan.max_seq_len"), lambda tokens: f"{tokens:,}", narrow=False),
 )
 
 

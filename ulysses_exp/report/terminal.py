@@ -219,6 +219,12 @@ def _train(facts: Table, stage: Mapping[str, Any] | None, arrow: str) -> None:
         whole = sum(split.values()) or 1.0
         parts = ", ".join(f"{name} {seconds / whole:.0%}" for name, seconds in split.items())
         facts.add_row("of a step", f"{parts} (profiled)")
+    if stage.get("max_seq_len"):
+        limit = stage.get("memory_limit_bytes")
+        where = f" in {of_bytes(limit)} a rank" if limit else ""
+        facts.add_row(
+            "longest", f"{stage['max_seq_len']:,} tokens train{where}, {stage['shortest_failed']:,} are out of memory"
+        )
     memory = stage.get("peak_memory_bytes", {})
     if memory.get("max"):
         ranks = len(memory.get("per_rank") or [1])
