@@ -489,6 +489,10 @@ def check(config: Config) -> None:
         check_layout(c, c.layout, "sp.size")
     else:
         check_layout(replace(c, launch=replace(c.launch, name="attached")), c.layout, "sp.size")
+    if "plan" in c.stages:
+        from ulysses_exp.plan.hardware import load
+
+        load(c.plan.hardware)
     if not re.fullmatch("sp1-dp1-z[0-3]", c.parity.reference):
         problem = f"{c.parity.reference!r} is not a single process"
         raise ConfigError("parity.reference", problem, "set sp1-dp1-z0, or sp1-dp1-z3 with offload for large models")

@@ -17,7 +17,7 @@ from typing import Any
 
 from rich.console import Console
 
-from ulysses_exp.config import Config, architecture, device_of
+from ulysses_exp.config import Config, ConfigError, architecture, device_of
 from ulysses_exp.launch import RankFailure, Ranks, Task
 from ulysses_exp.layout import REFERENCE, Layout
 from ulysses_exp.report.terminal import Progress, summary
@@ -265,9 +265,15 @@ class Job:
             weights.unlink()
 
     def _plan(self, note: Callable[[str], None]) -> None:
+        from ulysses_exp.plan.forks import TraceError
         from ulysses_exp.stages.plan import plan
 
-        self.results["stages"]["plan"] = plan(self.config)
+        try:
+            result = plan(self.config)
+        except (TraceError, ConfigError) as error:
+            raise StageFailure(str(error)) from error
+        self.results["stages"]["plan"] = result
+        self.results["model"]["parameters"] = self.results["model"]["parameters"] or result["parameters"]
 
     # -- what stages share ------------------------------------------------------------------------------------
 

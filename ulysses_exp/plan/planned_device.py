@@ -94,8 +94,8 @@ def register() -> None:
     set_accelerator(PlannedAccelerator())
 
 
-_make_subclass = torch.Tensor._make_subclass
-_data = torch._C.TensorBase.data
+_make_subclass: Any = torch.Tensor._make_subclass
+_data: Any = torch._C.TensorBase.data
 
 
 def _as_on_host(*args: Any, device_for_backend_keys: torch.device | None = None, **kwargs: Any) -> torch.Tensor:

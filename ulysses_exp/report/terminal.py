@@ -17,6 +17,7 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
+from ulysses_exp.report import plan
 from ulysses_exp.report.units import of_bytes, of_count, of_difference, of_loss, of_seconds
 
 _STATUS_STYLE = {"ok": "green", "failed": "bold red", "interrupted": "yellow", "skipped": "yellow"}
@@ -164,7 +165,8 @@ def summary(results: dict[str, Any], folder: Path, console: Console, how_to_open
         facts.add_row("model", shape)
     if layout:
         ranks = "1 rank" if layout.get("world") == 1 else f"{layout.get('world')} ranks"
-        facts.add_row("layout", f"{ranks} on {results.get('device', '?')}: sequences over {layout.get('sp')},"
+        device = "no device yet" if set(stages) == {"plan"} else results.get("device", "?")
+        facts.add_row("layout", f"{ranks} on {device}: sequences over {layout.get('sp')},"
                                 f" data over {layout.get('dp')}, ZeRO {layout.get('zero')}")  # fmt: skip
     _train(facts, stages.get("train"), arrow)
     _parity(facts, stages.get("parity"))
@@ -173,9 +175,14 @@ def summary(results: dict[str, Any], folder: Path, console: Console, how_to_open
         if (stage := stages.get(name)) and stage.get("status") != "ok" and not stage.get("cells"):
             _trouble(facts, name, stage)
     console.print(facts)
-    for table, remarks in (_evaluation(stages.get("eval")), _reload(stages.get("reload"), arrow)):
-        if table is not None:
+    planned = stages.get("plan") or {}
+    shown: list[tuple[Table | None, list[str]]] = []
+    if planned.get("status") == "ok":
+        shown = [(table, []) for table in plan.tables(planned)] + [(None, plan.remarks(planned))]
+    for table, remarks in (*shown, _evaluation(stages.get("eval")), _reload(stages.get("reload"), arrow)):
+        if table is not None or remarks:
             console.print()
+        if table is not None:
             console.print(table)
         for remark in remarks:
             console.print(Text(remark, style="dim"))
@@ -257,15 +264,11 @@ def _parity(facts: Table, stage: Mapping[str, Any] | None) -> None:
 def _plan(facts: Table, stage: Mapping[str, Any] | None) -> None:
     if not stage:
         return
-    memory = stage.get("peak_memory_bytes_per_rank", {})
-    if memory:
-        parts = ", ".join(f"{of_bytes(memory[k])} {k}" for k in memory if k != "total" and memory[k])
-        verdict = "fits" if stage.get("fits") else "does not fit"
-        facts.add_row("plan", f"{verdict}: {of_bytes(memory.get('total'))} a rank ({parts})")
-    if stage.get("max_seq_len"):
-        facts.add_row("", f"longest sequence {stage['max_seq_len']:,} tokens")
     if stage.get("status") != "ok":
         _trouble(facts, "plan", stage)
+        return
+    for label, text in plan.facts(stage):
+        facts.add_row(label, text)
 
 
 def _evaluation(stage: Mapping[str, Any] | None) -> tuple[Table | None, list[str]]:

@@ -61,6 +61,7 @@ def entry(
         "status": "ok",
         "hardware": hardware.name,
         "seq_len": config.train.seq_len,
+        "settings": _settings(config),
         "peak_memory_bytes_per_rank": {"total": sum(memory.values()), **memory},
         "peak_is_in": phase,
         "phases": trace.device,
@@ -86,6 +87,19 @@ def entry(
     if longest is not None:
         result["max_seq_len"] = longest
     return result
+
+
+def _settings(config: Config) -> str:
+    """In words, what besides the layout decides about memory and time."""
+    zero, memory, train = config.zero, config.memory, config.train
+    parts = [train.precision, config.optim.name]
+    if offloaded := [name for name in ("optimizer", "parameters") if getattr(zero, f"offload_{name}")]:
+        parts.append(f"{' and '.join(offloaded)} in host memory")
+    if memory.checkpointing != "none":
+        parts.append("recomputation" + (" from host memory" if memory.offload_activations else ""))
+    parts += [f"{name} in {n} tiles" for name, n in (("MLP", memory.tiled_mlp), ("loss", memory.tiled_loss)) if n]
+    parts.append(f"{train.global_batch_size} sequences a step in {config.accumulation} micro steps")
+    return ", ".join(parts)
 
 
 def _scaled(trace: Trace, micro_steps: int) -> Trace:

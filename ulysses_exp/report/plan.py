@@ -1,0 +1,96 @@
+"""A plan on the terminal: does it fit, what takes the memory, what is sent, where the time goes, how sure that is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from ulysses_exp.report.units import of_bytes, of_count, of_seconds
+
+#: What the parts of memory are called, in the order in which they are shown.
+KINDS = {
+    "parameters": "weights",
+    "gathered_parameters": "gathered weights",
+    "gradients": "gradients",
+    "optimizer": "optimizer, masters",
+    "activations": "activations",
+    "buffers": "DeepSpeed's buffers",
+}
+_PHASES = {
+    "start": "when it starts",
+    "forward_backward": "in forward and backward",
+    "optimizer_step": "in the optimizer",
+}
+
+
+def facts(stage: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Label and text of the lines above the tables."""
+    memory = stage["peak_memory_bytes_per_rank"]
+    budget = stage["budget_bytes_per_rank"]
+    verdict = "fits" if stage["fits"] else "does not fit"
+    needs = f"{of_bytes(memory['total'])} of {of_bytes(budget)} on each {stage['hardware']}"
+    if not stage["fits_host"]:
+        needs += f", {of_bytes(stage['host_memory_bytes_per_rank'])} of host memory a rank are too much"
+    found = [
+        ("plan", f"{stage['seq_len']:,} tokens: {verdict}, {needs}"),
+        ("settings", stage["settings"]),
+    ]
+    if "max_seq_len" in stage:
+        longest = stage["max_seq_len"]
+        found.insert(1, ("longest", f"{longest:,} tokens" if longest else "no sequence fits, however short"))
+    if time := stage.get("step_time_s"):
+        parts = [
+            f"{name} {of_seconds(time[key])}"
+            for name, key in (("compute", "compute"), ("all-to-all", "all_to_all"), ("ZeRO", "zero"), ("host", "host"))
+            if time[key]
+        ]
+        found.append(("step time", f"{of_seconds(time['total'])}: {', '.join(parts)}"))
+        found.append(
+            ("MFU", f"{time['mfu_bound']:.1%} at most; communication {time['communication_share']:.1%} of the step")
+        )
+    return found
+
+
+def tables(stage: Mapping[str, Any]) -> list[Table]:
+    """Memory of a rank by kind, and what it sends in a step."""
+    phase = stage["peak_is_in"]
+    memory = _table("memory a rank", "at its fullest", "between steps")
+    peak, rest = stage["phases"][phase], stage["at_rest"]
+    for kind, name in KINDS.items():
+        if peak.get(kind) or rest.get(kind):
+            memory.add_row(name, of_bytes(peak.get(kind, 0)), of_bytes(rest.get(kind, 0)))
+    memory.add_row("all", of_bytes(sum(peak.values())), of_bytes(sum(rest.values())), style="bold")
+    if stage["host_memory_bytes_per_rank"]:
+        memory.add_row("host memory", of_bytes(stage["host_memory_bytes_per_rank"]), "")
+    if not stage["collectives"]:
+        return [memory]
+    sent = _table("sent in a step", "ranks", "calls", "bytes a rank", "time")
+    for c in stage["collectives"]:
+        name = c["name"].replace("_", "-")
+        sent.add_row(name, str(c["ranks"]), of_count(c["calls"]), of_bytes(c["bytes_sent"]), of_seconds(c["seconds"]))
+    return [memory, sent]
+
+
+def remarks(stage: Mapping[str, Any]) -> list[str]:
+    """What the figures rest on, and how far plans have been from measurements."""
+    lines = [f"fullest {_PHASES[stage['peak_is_in']]}", *(f"assumed: {text}" for text in stage["assumptions"])]
+    known = stage.get("calibration")
+    if known is None:
+        return [*lines, "accuracy: the recorded calibration is not at hand (benchmarks/plan_calibration.py makes it)"]
+    return [
+        *lines,
+        f"accuracy: memory within {known['max_abs_relative_memory_error']:.1%} and all-to-alls "
+        f"{'exact' if known['all_to_all_bytes_exact'] else 'NOT exact'} in {known['cells']} runs of tiny models "
+        f"({known['measured_on']}); on a GPU {known['gpu']}",
+    ]
+
+
+def _table(first: str, *others: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold", show_edge=False)
+    table.add_column(first, no_wrap=True)
+    for name in others:
+        table.add_column(name, justify="right", no_wrap=True)
+    return table
