@@ -266,6 +266,41 @@ def plan(runs: list[Run]) -> Figure | None:
     return _stacked(rows, "predicted peak memory per rank (GiB)", of_bytes, GIB)
 
 
+def plan_grid(runs: list[Run]) -> Figure | None:
+    """The longest planned sequence of each layout, a bar for each choice of memory savers."""
+    planned = [run for run in runs if run.layout and run.figure("plan.max_seq_len") is not None]
+    layouts = sorted({run.layout for run in planned if run.layout}, key=lambda layout: (layout.zero, layout))
+    if len(layouts) < 2:
+        return None
+    choices = list(dict.fromkeys(traits(run).get("memory.name", "planned") for run in planned))
+    canvas = figure(7.5, 1.4 + len(layouts) * (0.14 + 0.14 * len(choices)))
+    axes = canvas.add_subplot()
+    lengths = {
+        (run.layout, traits(run).get("memory.name", "planned")): run.figure("plan.max_seq_len") for run in planned
+    }
+    least = 2.0 ** math.floor(math.log2(min((n for n in lengths.values() if n), default=1024)) - 1)
+    height = 0.8 / len(choices)
+    for index, choice in enumerate(choices):
+        rows = [(y, lengths[layout, choice]) for y, layout in enumerate(layouts) if (layout, choice) in lengths]
+        at = [y + (index - (len(choices) - 1) / 2) * height for y, _ in rows]
+        widths = [max(length - least, 0) for _, length in rows]
+        colour, hatch = COLOURS[index % len(COLOURS)], HATCHES[index % len(HATCHES)]
+        axes.barh(at, widths, height * 0.9, left=least, color=colour, hatch=hatch, edgecolor="white", label=choice)
+        for y, (_, length) in zip(at, rows, strict=True):
+            text = f" {length:,}" if length else " fits no length"
+            axes.text(max(length, least), y, text, va="center", fontsize=6.5, color=INK if length else FAINT)
+    axes.set_xscale("log", base=2)
+    longest_of_all = max(lengths.values())
+    axes.set_xlim(least, max(longest_of_all, least) * 4)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: of_count(value)))
+    axes.set_xlabel("longest sequence that fits (tokens)")
+    axes.set_yticks(range(len(layouts)), [layout.name for layout in layouts])
+    axes.grid(False, axis="y")
+    axes.invert_yaxis()
+    canvas.legend(loc="outside upper left", ncols=len(choices))
+    return canvas
+
+
 def parity(runs: list[Run]) -> Figure | None:
     """How far each layout is from the single-process reference."""
     compared = [
@@ -487,4 +522,10 @@ _PICTURES: tuple[tuple[str, str, str, Callable[[list[Run]], Figure | None]], ...
         parity,
     ),
     ("plan", "Plan", "Predicted without running the model, by kind of memory.", plan),
+    (
+        "plan_grid",
+        "Which layouts fit which length",
+        "Predicted without running the model: a layout fits every length that its bar reaches.",
+        plan_grid,
+    ),
 )

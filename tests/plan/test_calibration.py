@@ -1,0 +1,29 @@
+"""Plans beside real ranks: the part of benchmarks/plan_calibration.py that fits into a test run."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+from checkout import ROOT
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+from plan_calibration import Cell, compared
+
+#: every ZeRO stage, every layout of heads, sp 2 and 4
+CELLS = [
+    Cell("tiny_llama_mha", 2, 0),
+    Cell("tiny_llama", 2, 1, "alst"),
+    Cell("tiny_llama_mqa", 4, 2),
+    Cell("tiny_llama", 2, 3, precision="bf16"),
+]
+
+
+@pytest.mark.timeout(200)
+def test_bytes_are_exact_and_memory_is_within_five_percent():
+    for row in compared(CELLS):
+        assert row["predicted_all_to_all_bytes"] == row["measured_all_to_all_bytes"] > 0, row
+        assert row["predicted_all_to_all_calls"] == row["measured_all_to_all_calls"] > 0, row
+        assert abs(row["relative"]) < 0.05, row
+        assert abs(row["relative_without_buffer"]) < 0.05, row

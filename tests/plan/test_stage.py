@@ -1,0 +1,32 @@
+"""`stages=[plan]` as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+
+
+def test_a_plan_for_a_gpu_that_is_not_here(command, tmp_path):
+    done: subprocess.CompletedProcess[str] = command(
+        "stages=[plan]", "sp.size=4", "zero.stage=3", "memory=alst", "train.precision=bf16", "train.seq_len=65536",
+        "hydra.run.dir=run", "tracker.mode=disabled", cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr + done.stdout
+    for expected in ("65,536 tokens: fits", "H100", "all-to-all", "activations", "assumed:", "accuracy:"):
+        assert expected in done.stdout, done.stdout
+    plan = json.loads((tmp_path / "run" / "results.json").read_text())["stages"]["plan"]
+    memory = dict(plan["peak_memory_bytes_per_rank"])
+    assert memory.pop("total") == sum(memory.values())
+    assert {"parameters", "gradients", "optimizer", "activations"} <= set(memory)
+    assert plan["fits"] is True
+    assert plan["max_seq_len"] > 65536
+    assert plan["max_seq_len"] % 4 == 0
+    assert plan["all_to_all_bytes_per_step"] > 0
+    assert plan["step_time_s"]["total"] >= plan["step_time_s"]["compute"] > 0
+
+
+def test_an_unknown_machine_ends_before_anything_starts(command, tmp_path):
+    done = command("stages=[plan]", "plan.hardware=h10", "hydra.run.dir=run", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.strip() == "plan.hardware: 'h10' is not a choice; did you mean h100?"
+    assert not (tmp_path / "run").exists()
