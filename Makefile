@@ -26,5 +26,5 @@ $(STAMP): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || { echo "setup: making $(VENV)"; $(PYTHON) -m venv $(VENV); }
 	@echo "setup: installing the pinned dependencies (once)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,hub,dashboard,slurm]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,hub,dashboard,slurm,optuna]'
 	@touch $(STAMP)

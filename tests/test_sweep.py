@@ -8,7 +8,7 @@ from hydra import compose, initialize_config_dir
 
 from ulysses_exp.cli import CONF
 from ulysses_exp.config import resolve
-from ulysses_exp.sweep import Sweep, fingerprint, finished, job_name
+from ulysses_exp.sweep import Sweep, fingerprint, finished, job_name, objective
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +86,13 @@ def test_names_that_are_cut_stay_different():
     long = [f"model.name_or_path={'x' * 200}{i}" for i in range(2)]
     assert len({job_name(overrides, 0, None) for overrides in long}) == 2
     assert max(len(job_name(overrides, 0, None)) for overrides in long) <= 110
+
+
+def test_a_search_gets_a_number_or_nothing():
+    results = {"stages": {"train": {"loss": [3.0, 2.0]}, "eval": {"status": "failed"}}}
+    assert objective("train.loss", results) == 2.0
+    assert objective("eval.sp.loss", results) is None
+    assert objective(None, results) is None
 
 
 def test_headline_and_summary_count_every_job():

@@ -42,7 +42,7 @@ def main() -> None:
                 sys.argv[1:] = ["-m", *sources]
                 arguments.overrides = sources
             if arguments.multirun:
-                sweep.total = jobs_of(arguments.overrides)
+                sweep.total = _trials(arguments.overrides) or jobs_of(arguments.overrides)
             else:
                 axes = _compose(arguments.overrides)
                 arguments.multirun = bool(axes)
@@ -97,6 +97,17 @@ def _compose(overrides: list[str]) -> list[str]:
     return [f"{key}={value}" for key, value in (of_hydra.sweeper.params or {}).items()]
 
 
+def _trials(overrides: list[str]) -> int | None:
+    """How many jobs a sweeper that searches will ask for; None where the overrides are the jobs."""
+    if not any(override.startswith("hydra/sweeper=") for override in overrides):
+        return None
+    from hydra import compose, initialize_config_dir
+
+    of_hydra = [override for override in overrides if override.startswith(("hydra/", "hydra."))]
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose("config", of_hydra, return_hydra_config=True).hydra.sweeper.get("n_trials")
+
+
 def _several_sources(overrides: list[str]) -> list[str] | None:
     """The overrides of a sweep over run folders, where `checkpoint.source` names more than one."""
     from ulysses_exp.sources import run_folders
@@ -116,14 +127,14 @@ def _hydra(sweep: Sweep) -> None:
 
     import ulysses_exp.config  # noqa: F401  registers the schema
 
-    def job(cfg: Any) -> None:
-        _run_job(cfg, sweep)
+    def job(cfg: Any) -> float | None:
+        return _run_job(cfg, sweep)
 
     hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(job)()
 
 
-def _run_job(cfg: Any, sweep: Sweep) -> None:
-    """One job of Hydra's, in its folder."""
+def _run_job(cfg: Any, sweep: Sweep) -> float | None:
+    """One job of Hydra's, in its folder. Returns what a search is to optimize."""
     import json
 
     from hydra.core.hydra_config import HydraConfig
@@ -149,12 +160,12 @@ def _run_job(cfg: Any, sweep: Sweep) -> None:
         (folder / "results.json").write_text(json.dumps(sweeps.skipped(cfg, str(error)), indent=1))
         sweep.add("skipped", name, str(error), ran=False)
         console.print(f"[yellow]skipped[/] {name}: {error}", highlight=False, soft_wrap=True)
-        return
+        return None
     OmegaConf.save(cfg, folder / ".hydra" / "config.yaml")  # with what it inherits from checkpoint.source
     if multirun and sweeps.finished(config, folder):
         sweep.add("ok", name, None, ran=False)
         console.print(f"[green]done[/] {name}", highlight=False, soft_wrap=True)
-        return
+        return sweeps.objective(config.optimize.metric, json.loads((folder / "results.json").read_text()))
     sweeps.clear(folder)
     try:
         results = _launch(config, folder, hydra_config, sweep.headline() if multirun else None, console)
@@ -162,6 +173,7 @@ def _run_job(cfg: Any, sweep: Sweep) -> None:
         sweep.add("interrupted", name, "it runs again when the sweep does")
         raise
     sweep.add(results["status"], name, results["error"])
+    return sweeps.objective(config.optimize.metric, results)
 
 
 def _launch(config: Config, folder: Path, hydra_config: Any, headline: str | None, console: Any) -> dict[str, Any]:

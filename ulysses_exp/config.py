@@ -181,6 +181,11 @@ class SweepConfig:
 
 
 @dataclass
+class OptimizeConfig:
+    metric: str | None = None  # what a job returns to a search: a figure of results.json below `stages`
+
+
+@dataclass
 class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     sp: SequenceParallelConfig = field(default_factory=SequenceParallelConfig)
@@ -200,6 +205,7 @@ class Config:
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)
+    optimize: OptimizeConfig = field(default_factory=OptimizeConfig)
     device: str = "auto"
     seed: int = 0
 

@@ -6,6 +6,7 @@ Only imports: a torch operation here would start threads that a fork does not in
 import gc
 import os
 
+from ulysses_exp.launch.environment import remove_empty_cache
 from ulysses_exp.launch.orphans import OWNER, die_with_parent
 
 if OWNER in os.environ:
@@ -33,6 +34,8 @@ finally:
 
 # Asking for the table of operators probes them all, with a C compiler: once here, not once a rank.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # see worker.py
+
+remove_empty_cache()
 
 # What was imported stays for good, so no rank's garbage collector needs to walk it: ZeRO 3 alone asks for a full
 # collection of 0.8 s when it is built.

@@ -22,7 +22,7 @@ from ulysses_exp.report.units import of_seconds
 from ulysses_exp.sources import newest_manifests
 
 #: Settings of a job that do not change its result
-_NOT_PART_OF_THE_RESULT = ("sweep", "tracker", "launch")
+_NOT_PART_OF_THE_RESULT = ("sweep", "tracker", "launch", "optimize")
 
 _WRITTEN_BY_A_JOB = ("results.json", "metrics.jsonl", "run.log", "ranks", "checkpoints", "wandb", "profile")
 
@@ -65,6 +65,19 @@ def job_name(overrides: str, number: int, sweep: str | None) -> str:
     if short != whole:  # two jobs whose names were cut to the same
         name += "-" + hashlib.sha256(whole.encode()).hexdigest()[:8]
     return name
+
+
+def objective(metric: str | None, results: dict[str, Any]) -> float | None:
+    """What a job returns to a sweeper that searches: the figure that `optimize.metric` names, of a list the last.
+
+    None without a metric, and where a job failed and has no such figure: the sweeper then counts the trial as failed.
+    """
+    node: Any = results.get("stages", {})
+    for name in metric.split(".") if metric else ():
+        node = node.get(name) if isinstance(node, dict) else None
+    if isinstance(node, list):
+        node = node[-1] if node else None
+    return float(node) if metric and isinstance(node, (int, float)) else None
 
 
 def skipped(cfg: DictConfig, reason: str) -> dict[str, Any]:

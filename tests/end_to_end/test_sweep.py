@@ -9,6 +9,7 @@ import time
 
 from checkout import ROOT
 from descendants import alive, children, gone
+from omegaconf import OmegaConf
 
 QUICK = ["stages=[train]", "train.steps=2", "train.seq_len=32", "train.unmeasured_steps=0", "device=cpu",
          "tracker.mode=disabled"]  # fmt: skip
@@ -53,6 +54,18 @@ def test_a_failing_job_does_not_end_the_sweep(command, tmp_path):
     assert "no model in" in done.stdout
 
 
+def test_optuna_gets_the_figure_that_it_asked_for(command, tmp_path):
+    done = command(
+        "-m", "hydra/sweeper=optuna", "hydra.sweeper.n_trials=2", "optim.lr=interval(1e-4,1e-2)",
+        "optimize.metric=train.loss", "sweep.name=names", "sp.size=1", *QUICK, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "sweep: 1 of 2 done (1 ok), job 2 running" in done.stdout
+    found = OmegaConf.load(tmp_path / "outputs/sweeps/names/optimization_results.yaml")
+    last = [json.loads(p.read_text())["stages"]["train"]["loss"][-1] for p in tmp_path.glob("outputs/**/results.json")]
+    assert len(last) == 2 and found.best_value == min(last)
+
+
 class RunningSweep:
     """Three jobs of one rank, stopped while the second trains."""
 
@@ -62,7 +75,7 @@ class RunningSweep:
         self.folder, self.began = folder, time.time()
         self.process = subprocess.Popen(
             [sys.executable, str(ROOT / "run.py"), "-m", "sweep.name=names", "sp.size=1", "seed=0,1,2", *QUICK,
-             "train.steps=100"],
+             "train.steps=60", "train.global_batch_size=1"],
             cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
 

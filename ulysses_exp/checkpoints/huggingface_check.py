@@ -109,6 +109,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{folder}: {str(error).strip().splitlines()[0]}", file=sys.stderr)
         return 1
     chosen.out.write_text(json.dumps(result, indent=1))
+    from ulysses_exp.launch.environment import remove_empty_cache
+
+    remove_empty_cache()
     return 0
 
 

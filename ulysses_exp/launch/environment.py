@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -22,3 +23,15 @@ def prepare(device: str) -> None:
     here = str(Path(__file__).resolve().parents[2])  # a checkout need not be installed
     if here not in (paths := os.environ.get("PYTHONPATH", "").split(os.pathsep)):
         os.environ["PYTHONPATH"] = os.pathsep.join([here, *filter(None, paths)])
+
+
+def remove_empty_cache() -> None:
+    """Removes what importing transformers leaves in the temporary folder.
+
+    It imports torch._dynamo, which makes a folder for a cache of compiled code (torch 2.13, _dynamo/package.py). Here
+    nothing is compiled, so it stays empty.
+    """
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    with contextlib.suppress(OSError):  # not empty: somebody else compiles
+        os.rmdir(cache_dir())

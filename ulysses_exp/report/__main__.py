@@ -7,6 +7,7 @@ import os
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import rich.box
 import rich.markup
@@ -49,20 +50,29 @@ def write(paths: list[Path], out: Path, console: Console, tracker: TrackerConfig
     _show(table.table(found, narrow=console.width < 160), troubles, console)
     console.print(f"{about}: {_shown(out / 'report.html')}", highlight=False, soft_wrap=True)
     if tracker is not None:
-        _publish(out, title, {picture.name: out / f"{picture.name}.png" for picture in drawn}, full, tracker, console)
+        files = {picture.name: out / f"{picture.name}.png" for picture in drawn}
+        cells = [cell for run in found for cell in run.figure("reload.cells") or []]
+        _publish(out, title, files, full, cells, tracker, console)
     return len(found)
 
 
 def _publish(
-    out: Path, title: str, files: dict[str, Path], figures: table.Table, tracker: TrackerConfig, console: Console
+    out: Path,
+    title: str,
+    files: dict[str, Path],
+    figures: table.Table,
+    cells: list[dict[str, Any]],
+    tracker: TrackerConfig,
+    console: Console,
 ) -> None:
-    """A W&B run of its own for the report, in the group of the runs that it shows."""
+    """A W&B run of its own for the report, in the group of the runs that it shows: pictures, the table of the runs,
+    and the reload cells of all of them, source by target."""
     run = Tracker(
         Config(tracker=tracker), out, resolved={}, name=f"report-{title}", group=title, tags=["report"],
         on_warning=lambda text: console.print(text, style="yellow", highlight=False, soft_wrap=True),
     )  # fmt: skip
     run.log_media(files, figures.titles, [[text for _, text in row] for row in figures.rows])
-    run.finish({}, failed=False)
+    run.finish({"stages": {"reload": {"cells": cells}}}, failed=False)
     console.print(run.how_to_open, highlight=False, soft_wrap=True)
 
 
