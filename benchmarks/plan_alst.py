@@ -3,9 +3,10 @@
     python benchmarks/plan_alst.py [--rows 8-all ...]
 
 Published: Arctic Long Sequence Training (arXiv 2506.13996), the feature ablation on 8 GPUs and the maxima on 1, 8 and
-32 GPUs; settings from the recipes beside it (snowflakedb/ArcticTraining, projects/sequence-parallelism/run-h100-*.yml):
-ZeRO 3, optimizer states in host memory, gradients reduced in bf16, micro batch 1, FlashAttention 2, every layer
-checkpointed; on 1 GPU the weights in host memory too. Nothing is fitted: a row that is off says by which component.
+32 GPUs. Settings, and what nvidia-smi showed at some lengths, from the recipes beside it (snowflakedb/ArcticTraining,
+projects/sequence-parallelism/run-h?00-*.yml): ZeRO 3, optimizer states in host memory, gradients reduced in bf16, micro
+batch 1, FlashAttention 2, every layer checkpointed; on 1 GPU the weights in host memory too. Nothing is fitted: a row
+that is off says by which component. Rows are recorded as they come, `--rows` makes some of them anew.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import yaml
 
 from ulysses_exp.config import Config, MemoryConfig, ModelConfig, OptimConfig
 from ulysses_exp.plan.forks import Forks, forks
-from ulysses_exp.plan.hardware import GIB, Hardware, load
+from ulysses_exp.plan.hardware import GIB, load
 from ulysses_exp.plan.planner import Planner
 from ulysses_exp.plan.step_time import step_time, work
 
@@ -44,6 +45,8 @@ class Row:
     sp: int
     published: int
     seconds: int | None = None
+    reported_gb: float | None = None  # of the GPU's memory in use at `published`, where a recipe says so
+    hardware: str = "h100"
     tiled_loss: bool = True
     tiled_mlp: bool = False
     offload_activations: bool = False
@@ -57,10 +60,28 @@ ROWS = (
     Row("8-mlp", "8 GPUs, + tiled MLP", 8, 8, 1_200_000, tiled_mlp=True),
     Row("8-offload", "8 GPUs, + activation offload, no tiled MLP", 8, 8, 2_400_000, offload_activations=True),
     Row("8-all", "8 GPUs, all", 8, 8, 3_700_000, 6455, tiled_mlp=True, offload_activations=True),
-    Row("1-baseline", "1 GPU, baseline", 1, 1, 32_000, tiled_loss=False, offload_parameters=True),
+    Row("1-baseline", "1 GPU, baseline", 1, 1, 32_000, reported_gb=71.91, tiled_loss=False, offload_parameters=True),
     Row("1-all", "1 GPU, all", 1, 1, 500_000, tiled_mlp=True, offload_activations=True, offload_parameters=True),
     Row("32-all", "32 GPUs, all", 32, 32, 15_000_000, tiled_mlp=True, offload_activations=True),
 )
+
+
+#: Lengths at which the recipes for one H200 say how much memory is in use; their attention is FlashAttention 3.
+REPORTED = (
+    Row(
+        "h200-baseline", "1 H200, baseline", 1, 1, 65_000, None, 137.36, "h200",
+        tiled_loss=False, offload_parameters=True,
+    ),
+    Row("h200-loss", "1 H200, + tiled loss", 1, 1, 300_000, None, 134.96, "h200", offload_parameters=True),
+    Row(
+        "h200-offload", "1 H200, + activation offload", 1, 1, 650_000, None, 126.81, "h200",
+        offload_activations=True, offload_parameters=True,
+    ),
+    Row(
+        "h200-all", "1 H200, all", 1, 1, 1_200_000, None, 136.15, "h200",
+        tiled_mlp=True, offload_activations=True, offload_parameters=True,
+    ),
+)  # fmt: skip
 
 
 def configuration(row: Row) -> Config:
@@ -93,8 +114,10 @@ def configuration(row: Row) -> Config:
     return config
 
 
-def predict(row: Row, hardware: Hardware, pool: Forks) -> dict[str, Any]:
+def predict(row: Row, pool: Forks) -> dict[str, Any]:
+    """`row` with what the plan says of it; sizes in bytes, times in seconds."""
     began = time.perf_counter()
+    hardware = load(row.hardware)
     config = configuration(row)
     planner = Planner(config, gpu=True, pool=pool, deepspeed=RECIPE)
     trace = planner.at(row.published)
@@ -110,7 +133,9 @@ def predict(row: Row, hardware: Hardware, pool: Forks) -> dict[str, Any]:
         "by_kind": trace.device[phase],
         "peak_is_in": phase,
         "budget_bytes": hardware.budget,
+        "reserved_bytes": int(hardware.reserved_gib * GIB),
         "host_bytes_per_rank": max(sum(kinds.values()) for kinds in trace.host.values()),
+        "host_budget_bytes_per_rank": hardware.host_budget(row.gpus),
         "predicted_seconds": None if seconds is None else seconds.total,
         "tiles": {"mlp": config.memory.tiled_mlp, "loss": config.memory.tiled_loss},
         "traced_layers": list(planner.depths),
@@ -143,21 +168,23 @@ def components(rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", nargs="*", choices=[row.key for row in ROWS], help="default: all")
-    chosen = parser.parse_args().rows
-    hardware = load("h100")
-    results: list[dict[str, Any]] = []
-    with forks(Config()) as pool:
-        for row in ROWS:
-            if not chosen or row.key in chosen:
-                results.append(predict(row, hardware, pool))
-                print(table(results)[-1], flush=True)
-    if chosen:
-        return
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "plan_alst.json").write_text(json.dumps({"hardware": asdict(hardware), "rows": results}, indent=1))
+def reported(rows: list[dict[str, Any]]) -> list[str]:
+    lines = [
+        "| setting | tokens | in use, GB: reported | predicted | difference |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    for r in rows:
+        predicted = (r["peak_bytes_at_published"] + r["reserved_bytes"]) / 1e9
+        lines.append(
+            f"| {r['what']} | {r['published']:,} | {r['reported_gb']:.1f} | {predicted:.1f} | "
+            f"{predicted / r['reported_gb'] - 1:+.1%} |"
+        )
+    return lines
+
+
+def written(results: dict[str, dict[str, Any]]) -> str:
+    """The recorded rows as a page."""
+    maxima = [results[row.key] for row in ROWS if row.key in results]
     notes = RESULTS / "plan_alst_notes.md"
     text = [
         "# Published and predicted: the longest sequences of ALST",
@@ -165,15 +192,36 @@ def main() -> None:
         "Llama 3.1 8B, H100 80 GB, ZeRO 3, optimizer states in host memory, bf16, micro batch 1, FlashAttention 2;",
         "made by `python benchmarks/plan_alst.py`, which also says where the settings are from.",
         "",
-        *table(results),
+        *table(maxima),
         "",
         "## What fills the device at the published length, in GiB",
         "",
-        *components(results),
+        *components(maxima),
+        "",
+        "## Memory in use that the recipes report",
+        "",
+        "As nvidia-smi shows it: with what the allocator keeps in reserve, the CUDA context and NCCL.",
+        "",
+        *reported([results[r.key] for r in (*ROWS, *REPORTED) if r.key in results and r.reported_gb]),
         "",
         *(notes.read_text().splitlines() if notes.is_file() else []),
     ]
-    (RESULTS / "plan_alst.md").write_text("\n".join(text) + "\n")
+    return "\n".join(text) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    rows = {row.key: row for row in (*ROWS, *REPORTED)}
+    parser.add_argument("--rows", nargs="*", choices=list(rows), default=list(rows), help="default: all")
+    chosen = parser.parse_args().rows
+    recorded = RESULTS / "plan_alst.json"
+    results = json.loads(recorded.read_text()) if recorded.is_file() else {}
+    with forks(Config()) as pool:
+        for key in chosen:
+            results[key] = predict(rows[key], pool)
+            print(table([results[key]])[-1], f"({results[key]['planning_seconds']:.0f} s)", flush=True)
+            recorded.write_text(json.dumps(results, indent=1))
+            (RESULTS / "plan_alst.md").write_text(written(results))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 """Plans beside real runs on this machine: bytes of the all-to-alls, and the peak of tensor memory.
 
-    python benchmarks/plan_calibration.py [--quick]
+    python benchmarks/plan_calibration.py [--resume]
 
 Each cell trains a tiny model for two optimizer steps in real processes over gloo, under torch's profiler from before
 the model is built; the running sum of its memory events is what torch has allocated (scratch inside kernels included,
-which a plan does not know). The plan of the same configuration is made for `plan.hardware=cpu`. DeepSpeed's reduction buffer has 2 GB in stages 1 to 3 whatever the
-model, so errors are also given without it: that is the harder figure.
+which a plan does not know). The plan of the same configuration is made for `plan.hardware=cpu`. DeepSpeed's reduction
+buffer has 2 GB in stages 1 to 3 whatever the model, so errors are also given without it: that is the harder figure.
 """
 
 from __future__ import annotations
@@ -235,19 +235,17 @@ def markdown(rows: list[dict[str, Any]], total: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one cell a stage; records nothing")
-    quick = parser.parse_args().quick
-    chosen = [Cell("tiny_llama", 2, zero) for zero in (0, 1, 2, 3)] if quick else cells()
-    rows = []
-    for row in compared(chosen):
+    parser.add_argument("--resume", action="store_true", help="keep the cells that are recorded already")
+    recorded = RESULTS / "plan_calibration.json"
+    rows = json.loads(recorded.read_text())["cells"] if parser.parse_args().resume and recorded.is_file() else []
+    done = {row["cell"] for row in rows}
+    for row in compared([cell for cell in cells() if cell.name not in done]):
         rows.append(row)
-        print(markdown([row], summary([row])).splitlines()[-1], flush=True)
-    total = summary(rows)
-    print(json.dumps(total, indent=1))
-    if not quick:
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / "plan_calibration.json").write_text(json.dumps({"summary": total, "cells": rows}, indent=1))
-        (RESULTS / "plan_calibration.md").write_text(markdown(rows, total))
+        total = summary(rows)
+        page = markdown(rows, total)
+        print(page.splitlines()[-1], flush=True)
+        recorded.write_text(json.dumps({"summary": total, "cells": rows}, indent=1))
+        recorded.with_suffix(".md").write_text(page)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from ulysses_exp.config import Config, ConfigError, MemoryConfig, ModelConfig, O
 from ulysses_exp.layout import Layout
 from ulysses_exp.plan.depth import depths
 from ulysses_exp.plan.forks import TraceError, forks
-from ulysses_exp.plan.planner import Planner, longest_sequence, look_at
+from ulysses_exp.plan.planner import Planner, bypassed_evaluation_bytes, longest_sequence, look_at
 from ulysses_exp.plan.trace import Request, trace
 
 
@@ -71,6 +71,22 @@ def test_a_first_guess_for_a_search():
     assert guess > 1000
     assert guess % 2 == 0
     assert longest_sequence(config, Layout(2, 1, 0), 2**20) is None
+
+
+def test_half_a_trace_tells_the_same_memory(pool):
+    for stage in (1, 3):
+        config = configured()
+        config.zero = replace(config.zero, stage=stage)
+        config.train = replace(config.train, global_batch_size=4)
+        planner = Planner(config, gpu=True, pool=pool)
+        assert planner._trace(4096, memory_only=True).peak() == pytest.approx(planner.at(4096).peak(), rel=0.01)
+
+
+def test_a_bypassed_evaluation_holds_the_whole_sequences_logits():
+    config = replace(configured(), device="cpu", sp=replace(Config().sp, size=4))
+    logits = 4096 * 256 * (2 + 4)  # tokens x bytes as vocabulary x (bf16 + fp32)
+    needs = bypassed_evaluation_bytes(config)
+    assert logits < needs < 3 * logits
 
 
 def test_what_cannot_run_says_why(pool):

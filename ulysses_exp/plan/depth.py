@@ -51,13 +51,16 @@ def whole(traces: list[Trace], layers: int, config: Config) -> Trace:
     own = line(few.parameters_per_rank, more.parameters_per_rank)
     device = {phase: _kinds(few.device[phase], more.device[phase], line) for phase in more.device}
     host = {phase: _kinds(few.host[phase], more.host[phase], line) for phase in more.host}
-    if config.zero.stage == 3:  # the optimizer works on a sub group at a time: what it takes for that stops growing
+    if (
+        config.zero.stage == 3 and "optimizer_step" in device
+    ):  # the optimizer works on a sub group at a time: what it takes for that stops growing
         rest = _kinds(few.rest, more.rest, line)
         share = min(own, SUB_GROUP) / min(more.parameters_per_rank, SUB_GROUP)
         working = Counter(more.device["optimizer_step"]) - Counter(more.rest)
         device["optimizer_step"] = dict(
             Counter(rest) + Counter({kind: round(size * share) for kind, size in working.items()})
         )
+    if config.zero.stage == 3:
         _limit_gathered(device, more, config)
     pairs = {(name, ranks): (calls, size) for name, ranks, calls, size in few.collectives}
     collectives = []
@@ -83,7 +86,7 @@ def _limit_gathered(device: dict[str, dict[str, int]], traced: Trace, config: Co
     """Gathered weights grow with the layers until DeepSpeed holds as many as it may."""
     itemsize = 2 if config.train.precision == "bf16" else 4
     limit = (MAX_LIVE_PARAMETERS + PREFETCH_BUCKET) * itemsize
-    for phase in ("forward_backward", "optimizer_step"):
+    for phase in set(device) - {"start"}:
         gathered = device[phase].get("gathered_parameters", 0)
         seen = traced.device[phase].get("gathered_parameters", 0)
         device[phase]["gathered_parameters"] = min(gathered, max(limit, seen))

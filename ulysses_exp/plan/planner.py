@@ -68,15 +68,23 @@ class Planner:
     def at(self, seq_len: int) -> Trace:
         """The whole model's trace at `seq_len` tokens."""
         if seq_len not in self._traces:
-            config = replace(self.config, train=replace(self.config.train, seq_len=seq_len))
-            traces = self.pool.map(trace, [self._request(config, layers) for layers in self.depths])
-            self._traces[seq_len] = whole(traces, self.model.layers, config)
+            self._traces[seq_len] = self._trace(seq_len, memory_only=False)
         return self._traces[seq_len]
+
+    def _trace(self, seq_len: int, memory_only: bool) -> Trace:
+        config = replace(self.config, train=replace(self.config.train, seq_len=seq_len))
+        requests = [replace(self._request(config, layers), memory_only=memory_only) for layers in self.depths]
+        return whole(self.pool.map(trace, requests), self.model.layers, config)
 
     def full(self) -> Trace:
         """The trace of all layers at `train.seq_len`, nothing extrapolated: to check `at` against."""
         (whole_model,) = self.pool.map(trace, [self._request(self.config, self.model.layers)])
         return whole_model
+
+    def evaluation(self) -> Trace:
+        """Of an evaluation that bypasses sequence parallelism, so that each rank holds a whole sequence."""
+        requests = [replace(self._request(self.config, layers), evaluation=True) for layers in self.depths]
+        return whole(self.pool.map(trace, requests), self.model.layers, self.config)
 
     def _request(self, config: Config, layers: int) -> Request:
         return Request(config, layers, self.gpu, deepspeed=self.deepspeed)
@@ -88,9 +96,10 @@ class Planner:
         rest stays, which gives the next length to trace. The fullest moment may be another one there, so it goes on
         until the next length is within 3 % of the last: so near, it is right to a small part of that.
         """
-        length = max(step, self.config.train.seq_len // step * step)
+        length = self.config.train.seq_len
+        length = length if length in self._traces else max(step, length // step * step)
         for _ in range(8):
-            traced = self.at(length)
+            traced = self._traces.get(length) or self._trace(length, memory_only=True)
             limits: list[tuple[dict[str, int], float]] = [(kinds, device_bytes) for kinds in traced.device.values()]
             limits += [(kinds, host_bytes) for kinds in traced.host.values()]
             following = min(_grown_to(limit, kinds, length) for kinds, limit in limits)
@@ -123,6 +132,20 @@ def longest_sequence(config: Config, layout: Layout, memory_bytes: int) -> int |
             return planner.longest(layout.sp, memory_bytes) or None
         except TraceError:
             return None
+
+
+def bypassed_evaluation_bytes(config: Config) -> int | None:
+    """What evaluating one whole sequence on every rank takes beyond what the rank holds anyway, by the plan.
+
+    Returns:
+        Bytes; None where the configuration cannot be traced.
+    """
+    with forks(config) as pool:
+        try:
+            planned = Planner(config, gpu=device_of(config) == "cuda", pool=pool).evaluation()
+        except TraceError:
+            return None
+    return planned.peak("evaluation") - sum(planned.rest.values())
 
 
 def traceable(config: Config, architecture: dict[str, Any]) -> Config:

@@ -18,8 +18,8 @@ from unittest.mock import patch
 
 from ulysses_exp.config import Config
 
-#: Phases of a trace; `start` ends with the engine built.
-PHASES = ("start", "forward_backward", "optimizer_step")
+#: Phases of a trace; `start` ends with the engine built. Of a trace of evaluation, only the first and last.
+PHASES = ("start", "forward_backward", "optimizer_step", "evaluation")
 
 
 @dataclass(frozen=True)
@@ -49,18 +49,26 @@ class Request:
     """What to trace: `config`, with `layers` decoder layers in place of its own, on a `gpu` or on this CPU.
 
     Many tiles are traced as four (`tiles`) unless `few_tiles` is False. `deepspeed` holds entries of DeepSpeed's
-    configuration that this project leaves at their defaults.
+    configuration that this project leaves at their defaults. `evaluation` traces the loss of one whole sequence on one
+    rank, sequence parallelism bypassed, in place of training. `memory_only` takes half the time and tells no
+    collectives.
     """
 
     config: Config
     layers: int
     gpu: bool
     few_tiles: bool = True
+    evaluation: bool = False
+    memory_only: bool = False
     deepspeed: dict[str, Any] = field(default_factory=dict)
 
 
 def trace(request: Request) -> Trace:
-    """Runs two optimizer steps of rank 0, the second as all later ones are. Needs a process of its own."""
+    """Runs two optimizer steps of rank 0, the second as all later ones are. Needs a process of its own.
+
+    From the second micro step on ZeRO 3 knows the order of the weights and gathers ahead, and all stages but 0 make the
+    optimizer's states at the start: where a step has two micro steps, the first step shows all memory already.
+    """
     import deepspeed
     import torch
     import torch.distributed as dist
@@ -130,13 +138,19 @@ def trace(request: Request) -> Trace:
             batches=_Batches(config),
             to_device=lambda tensor: tensor.to(device),
         )
-        with _phases(engine, ledger):
-            training.optimizer_step(session, 0)  # type: ignore[arg-type]
-            _name_states(engine, ledger)
-            ledger.collectives.clear()
-            ledger.host_copies.clear()
-            mark = counter.now
-            training.optimizer_step(session, 1)  # type: ignore[arg-type]
+        mark = counter.now
+        if request.evaluation:
+            ledger.begin("evaluation")
+            _evaluate(session)
+        else:
+            with _phases(engine, ledger):
+                training.optimizer_step(session, 0)  # type: ignore[arg-type]
+                _name_states(engine, ledger)
+                ledger.collectives.clear()
+                ledger.host_copies.clear()
+                mark = counter.now
+                if not (request.memory_only and layout.zero and config.accumulation > 1):
+                    training.optimizer_step(session, 1)  # type: ignore[arg-type]
         calls, size = counter.since(mark)
         own = sum(getattr(p, "ds_tensor", p).numel() for p in model.parameters())
         result = Trace(
@@ -172,27 +186,46 @@ class _Batches:
         self.config = config
 
     def step(self, step: int) -> list[Any]:
+        train = self.config.train
+        return self._of(train.micro_batch_size, train.seq_len // self.config.layout.sp) * self.config.accumulation
+
+    def whole(self) -> list[Any]:
+        return self._of(1, self.config.train.seq_len)
+
+    def _of(self, sequences: int, tokens: int) -> list[Any]:
         import torch
 
         from ulysses_exp.data import MicroBatch
 
-        train, layout = self.config.train, self.config.layout
-        shape = (train.micro_batch_size, train.seq_len // layout.sp)
-
         def numbers(*shape: int) -> torch.Tensor:
             return torch.empty(shape, dtype=torch.long)
 
+        whole = self.config.train.seq_len
         return [
             MicroBatch(
-                input_ids=numbers(*shape),
-                labels=numbers(*shape),
-                position_ids=numbers(*shape),
-                global_position_ids=numbers(shape[0], train.seq_len),
+                input_ids=numbers(sequences, tokens),
+                labels=numbers(sequences, tokens),
+                position_ids=numbers(sequences, tokens),
+                global_position_ids=numbers(sequences, whole),
                 global_mask=None,
-                global_targets=shape[0] * train.seq_len,
+                global_targets=sequences * whole,
             )
-            for _ in range(self.config.accumulation)
         ]
+
+
+def _evaluate(session: Any) -> None:
+    """The loss of one sequence as `stages.evaluate` computes it when it bypasses sequence parallelism."""
+    import torch
+
+    from ulysses_exp.stages import evaluate
+
+    (batch,) = session.batches.whole()
+    session.engine.eval()
+    with torch.no_grad():
+        logits = evaluate._logits(session, batch, bypass=True)
+        torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), session.to_device(batch.labels).flatten(), reduction="sum"
+        )
 
 
 @contextlib.contextmanager

@@ -31,7 +31,7 @@ def facts(stage: Mapping[str, Any]) -> list[tuple[str, str]]:
     memory = stage["peak_memory_bytes_per_rank"]
     budget = stage["budget_bytes_per_rank"]
     verdict = "fits" if stage["fits"] else "does not fit"
-    needs = f"{of_bytes(memory['total'])} of {of_bytes(budget)} on each {stage['hardware']}"
+    needs = f"{of_bytes(memory['total'])} of {of_bytes(budget)} a rank"
     if not stage["fits_host"]:
         needs += f", {of_bytes(stage['host_memory_bytes_per_rank'])} of host memory a rank are too much"
     found = [
@@ -70,7 +70,9 @@ def tables(stage: Mapping[str, Any]) -> list[Table]:
     sent = _table("sent in a step", "ranks", "calls", "bytes a rank", "time")
     for c in stage["collectives"]:
         name = c["name"].replace("_", "-")
-        sent.add_row(name, str(c["ranks"]), of_count(c["calls"]), of_bytes(c["bytes_sent"]), of_seconds(c["seconds"]))
+        seconds = c["seconds"]
+        time = "< 1 ms" if seconds is not None and seconds < 1e-3 else of_seconds(seconds)
+        sent.add_row(name, str(c["ranks"]), of_count(c["calls"]), of_bytes(c["bytes_sent"]), time)
     return [memory, sent]
 
 

@@ -17,6 +17,9 @@ from ulysses_exp.session import Session
 #: Relative. The two modes do the same sums in another order; measured in fp32: 0 to 1e-7.
 LOSS_TOLERANCE = {"fp32": 1e-5, "bf16": 1e-2}
 
+#: Of a rank's free memory, what `eval.mode=auto` plans for; the rest is for fragments and what else the machine does.
+_SHARE_OF_FREE = 0.8
+
 
 def evaluate(session: Session) -> dict[str, Any]:
     """Runs `eval.mode` over the first `eval.sequences` held-out sequences. Collective."""
@@ -53,17 +56,14 @@ def choose_mode(session: Session) -> tuple[str, str | None]:
     mode = session.config.eval.mode
     if mode != "auto":
         return mode, None
-    text = session.engine.module.config.get_text_config()
-    item = 2 if session.config.train.precision == "bf16" else 4
-    # the widest moment without gradients: logits in the model's type and in fp32, or one layer's MLP
-    widest = max(
-        text.vocab_size * (item + 4), (2 * getattr(text, "intermediate_size", 0) + 4 * text.hidden_size) * item
-    )
-    need = session.config.train.seq_len * widest
+    if session.layout.sp == 1:
+        return "bypass", "one rank holds the sequence anyway"
+    need = session.task.options.get("bypassed_evaluation_bytes")
+    if need is None:
+        return "sp", "how much memory a whole sequence needs on one rank could not be planned"
     free = _free_bytes(session)
-    fits = need < 0.8 * free
-    return ("bypass" if fits else "sp"), (
-        f"a whole sequence needs about {need / 2**20:.0f} MiB on one rank, {free / 2**20:.0f} MiB are free"
+    return ("bypass" if need < _SHARE_OF_FREE * free else "sp"), (
+        f"a whole sequence needs {need / 2**20:,.0f} MiB on one rank by the plan, {free / 2**20:,.0f} MiB are free"
     )
 
 
