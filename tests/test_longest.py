@@ -23,19 +23,32 @@ def composed(*overrides):
 
 @pytest.mark.parametrize("limit", [16, 17, 500, 512, 1000, 4096, 100_000])
 @pytest.mark.parametrize("first", [16, 1000, 5000])
-def test_search_closes_in_on_the_limit(limit, first):
+@pytest.mark.parametrize("factor", [1.1, 2.0])
+def test_search_closes_in_on_the_limit(limit, first, factor):
     tried = []
 
     def trains(tokens):
         tried.append(tokens)
         return tokens <= limit
 
-    longest, shortest = search(trains, first, step=16, within=0.05)
+    longest, shortest = search(trains, first, step=16, within=0.05, factor=factor)
     assert longest <= limit < shortest
     assert longest % 16 == shortest % 16 == 0
     assert shortest - longest <= max(16, 0.05 * shortest)
     assert len(tried) == len(set(tried)) <= 20, "no length is tried twice"
     assert {longest, shortest} <= set(tried)
+
+
+@pytest.mark.parametrize("limit", [9400, 10_000, 10_600])
+def test_a_good_guess_saves_tries(limit):
+    tried = []
+
+    def trains(tokens):
+        tried.append(tokens)
+        return tokens <= limit
+
+    search(trains, 10_000, step=16, within=0.05, factor=1.1)
+    assert len(tried) <= 4
 
 
 def test_nothing_trains():
@@ -60,7 +73,7 @@ def test_another_failure_is_not_taken_for_memory(tmp_path):
         raise RankFailure(1, "ValueError: no corpus")
 
     with pytest.raises(RankFailure, match="no corpus"):
-        find(composed(), tmp_path, broken, found, first=None, note=lambda text: None)
+        find(composed("longest.plan=false"), tmp_path, broken, found, note=lambda text: None)
     assert [entry["seq_len"] for entry in found["tries"]] == [512]
 
 
@@ -91,7 +104,7 @@ def test_a_search_that_cannot_run_is_refused(override, key):
 def test_two_ranks_train_longer_sequences_than_one(command, tmp_path):
     done = command(
         "experiment=max_seq_len", "sp.size=1,2", "zero.stage=0", "longest.memory_gib=0.0625", "longest.within=0.2",
-        "train.seq_len=1024", "tracker.mode=disabled", "device=cpu", cwd=tmp_path,
+        "longest.plan=false", "train.seq_len=1024", "tracker.mode=disabled", "device=cpu", cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     found = {}

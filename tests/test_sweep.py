@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 from hydra import compose, initialize_config_dir
 
-from ulysses_exp.cli import CONF
-from ulysses_exp.config import resolve
-from ulysses_exp.sweep import Sweep, fingerprint, finished, job_name, objective
+from ulysses_exp.cli import CONF, sweep_overrides
+from ulysses_exp.config import ConfigError, resolve
+from ulysses_exp.sweep import Sweep, fingerprint, finished, job_name, jobs_of, objective
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +86,30 @@ def test_names_that_are_cut_stay_different():
     long = [f"model.name_or_path={'x' * 200}{i}" for i in range(2)]
     assert len({job_name(overrides, 0, None) for overrides in long}) == 2
     assert max(len(job_name(overrides, 0, None)) for overrides in long) <= 110
+
+
+@pytest.mark.parametrize(
+    ("overrides", "multirun", "jobs"),
+    [
+        (["experiment=zero_stages"], False, 4),
+        (["experiment=zero_stages"], True, 4),
+        (["experiment=zero_stages", "zero.stage=1,2"], False, 2),
+        (["experiment=zero_stages", "zero.stage=3", "model=tiny_llama,tiny_qwen3"], False, 2),
+        (["experiment=sp_scaling", "sp.size=1,2"], True, 6),
+        (["sp.size=1,2", "zero.stage=0,1"], True, 4),
+    ],
+)
+def test_axes_that_the_user_gives_take_the_place_of_the_studys(overrides, multirun, jobs):
+    given = sweep_overrides(overrides, multirun)
+    assert given is not None and jobs_of(given) == jobs
+    keys = [override.partition("=")[0] for override in given]
+    assert len(keys) == len(set(keys))
+
+
+def test_several_values_need_a_sweep():
+    assert sweep_overrides(["sp.size=2"], False) is None
+    with pytest.raises(ConfigError, match=r"sp\.size: has several values; add -m"):
+        sweep_overrides(["sp.size=1,2"], False)
 
 
 def test_a_search_gets_a_number_or_nothing():

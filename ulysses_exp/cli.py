@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ def main() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach us as exceptions; we say them in a line
     from hydra._internal.utils import get_args_parser
 
+    began = time.time()
     arguments = get_args_parser().parse_args()
     if os.environ.get("RANK", "0") != "0" and "launch=attached" in arguments.overrides:
         from ulysses_exp.launch.attached import serve
@@ -33,20 +35,16 @@ def main() -> None:
     asks = arguments.help or arguments.hydra_help or arguments.cfg or arguments.info or arguments.shell_completion
     try:
         _register_resolvers()
-        from ulysses_exp.sweep import Sweep, jobs_of
+        from ulysses_exp.sweep import Sweep
 
         sweep = Sweep()
         if not asks:
-            if not arguments.multirun and (sources := _several_sources(arguments.overrides)):
-                arguments.multirun = True
-                sys.argv[1:] = ["-m", *sources]
-                arguments.overrides = sources
-            if arguments.multirun:
-                sweep.total = _trials(arguments.overrides) or jobs_of(arguments.overrides)
-            else:
-                axes = _compose(arguments.overrides)
-                arguments.multirun = bool(axes)
-                sweep.total = jobs_of([*axes, *arguments.overrides]) if axes else 1
+            jobs = sweep_overrides(arguments.overrides, arguments.multirun)
+            if jobs is not None:
+                flags = [word for word in sys.argv[1:] if word not in arguments.overrides]
+                sys.argv[1:] = [*flags, *([] if arguments.multirun else ["-m"]), *jobs]
+                arguments.multirun, arguments.overrides = True, jobs
+                sweep.total = _jobs(jobs)
         _hydra(sweep)
     except KeyboardInterrupt:
         if arguments.multirun:
@@ -60,6 +58,8 @@ def main() -> None:
         print(message, file=sys.stderr)
         sys.exit(2)
     if arguments.multirun:
+        if not sweep.outcomes:  # another launcher than Hydra's own had them run elsewhere
+            sweep.read(_sweep_folder(arguments.overrides), began)
         print(sweep.summary())
     sys.exit(sweep.exit_code())
 
@@ -78,8 +78,37 @@ def _register_resolvers() -> None:
     OmegaConf.register_new_resolver("job_folder", job_name, replace=True)
 
 
-def _compose(overrides: list[str]) -> list[str]:
-    """Composes and checks a job before Hydra makes its folder; returns the axes of a study that is a sweep."""
+def sweep_overrides(overrides: list[str], multirun: bool) -> list[str] | None:
+    """What Hydra is to make the jobs of a sweep from; None for a single job, which has been checked then.
+
+    A sweep is what the user asked for with -m, a study, or a job over several run folders. A study brings its own axes;
+    Hydra would multiply those that the user also gives, so they are left out.
+
+    Raises:
+        ConfigError: the one job cannot run, or several values were given for one.
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    from ulysses_exp.config import ConfigError
+
+    sources = _several_sources(overrides)
+    overrides = sources or overrides
+    parsed = OverridesParser.create().parse_overrides(overrides)
+    plain = [text for text, override in zip(overrides, parsed, strict=True) if not override.is_sweep_override()]
+    several = [override for override in parsed if override.is_sweep_override()]
+    axes = _compose(plain, check=not (multirun or several))
+    if not (multirun or sources or axes):
+        if several:
+            key = several[0].key_or_group
+            raise ConfigError(key, "has several values", "add -m to run a job for each")
+        return None
+    given = {override.key_or_group for override in parsed}
+    kept = [f"{key}={values}" for key, values in axes.items() if key not in given]
+    return [*kept, *overrides, *(["hydra.sweeper.params=null"] if axes else [])]
+
+
+def _compose(overrides: list[str], check: bool) -> dict[str, str]:
+    """Composes a job, and checks it before Hydra makes its folder; returns the axes of a study that is a sweep."""
     from hydra import compose, initialize_config_dir
     from hydra.types import RunMode
     from omegaconf import open_dict
@@ -91,21 +120,31 @@ def _compose(overrides: list[str]) -> list[str]:
     of_hydra = cfg.hydra
     with open_dict(cfg):
         del cfg["hydra"]
-    config.resolve(sources.inherit(cfg, overrides))
-    if of_hydra.mode != RunMode.MULTIRUN:
-        return []
-    return [f"{key}={value}" for key, value in (of_hydra.sweeper.params or {}).items()]
+    if check:
+        config.resolve(sources.inherit(cfg, overrides))
+    return dict(of_hydra.sweeper.params or {}) if of_hydra.mode == RunMode.MULTIRUN else {}
 
 
-def _trials(overrides: list[str]) -> int | None:
-    """How many jobs a sweeper that searches will ask for; None where the overrides are the jobs."""
-    if not any(override.startswith("hydra/sweeper=") for override in overrides):
-        return None
+def _jobs(overrides: list[str]) -> int:
+    """How many jobs a sweep has: those of the grid, or as many as a sweeper that searches will ask for."""
+    from ulysses_exp.sweep import jobs_of
+
+    if any(override.startswith("hydra/sweeper=") for override in overrides):
+        return int(_hydra_settings(overrides).sweeper.n_trials)
+    return jobs_of(overrides)
+
+
+def _sweep_folder(overrides: list[str]) -> Path:
+    return Path(_hydra_settings(overrides).sweep.dir)
+
+
+def _hydra_settings(overrides: list[str]) -> Any:
+    """Hydra's own part of the configuration of a sweep."""
     from hydra import compose, initialize_config_dir
 
-    of_hydra = [override for override in overrides if override.startswith(("hydra/", "hydra."))]
+    asked = [o for o in overrides if o.startswith(("hydra/", "hydra.", "sweep.name=", "experiment="))]
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose("config", of_hydra, return_hydra_config=True).hydra.sweeper.get("n_trials")
+        return compose("config", asked, return_hydra_config=True).hydra
 
 
 def _several_sources(overrides: list[str]) -> list[str] | None:

@@ -110,6 +110,7 @@ class TrainConfig:
 class LongestConfig:
     search: bool = False  # stage train first finds the longest sequence that trains, then trains at that length
     memory_gib: float | None = None  # what model, engine and activations of a rank may take; null: all that its GPU has
+    plan: bool = True  # the first guess is what stage plan would say, where memory_gib is set; else train.seq_len
     steps: int = 2  # optimizer steps that a length has to train
     within: float = 0.05  # how close, relative, the longest that trains is to a length that does not
 

@@ -154,8 +154,7 @@ class Job:
         """Makes the longest sequence that trains the length of this job."""
         from ulysses_exp.stages import longest
 
-        planned = self.results["stages"].get("plan", {}).get("max_seq_len")
-        tokens = longest.find(self.config, self.folder, self._do, self._longest, first=planned, note=note)
+        tokens = longest.find(self.config, self.folder, self._do, self._longest, note)
         if tokens == 0:
             raise StageFailure(f"no sequence trains: {self._longest['tries'][-1]['reason']}")
         self.config = longest.at_length(self.config, tokens)

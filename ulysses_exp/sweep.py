@@ -114,6 +114,18 @@ class Sweep:
         if outcome != "ok":
             self.failures.append(f"{name}: {outcome}: {reason}")
 
+    def read(self, folder: Path, since: float) -> None:
+        """Takes over what jobs that ran elsewhere (`hydra/launcher=submitit_slurm`) have left below `folder`.
+
+        Args:
+            since: Unix time; a file that is older tells of an earlier run.
+        """
+        for path in sorted(folder.glob("*/results.json")):
+            results = json.loads(path.read_text())
+            ran = path.stat().st_mtime >= since
+            if ran or results["status"] == "ok":
+                self.add(results["status"], path.parent.name, results["error"], ran)
+
     def headline(self) -> str:
         """How far the sweep is, e.g. `sweep: 3 of 12 done (2 ok, 1 failed), job 4 running, 1:10 min left`."""
         done = len(self.outcomes)

@@ -24,7 +24,7 @@ def statuses(folder):
 
 def stamps(folder):
     """When each job of the sweep last logged a step."""
-    return {p.parent.name: p.stat().st_mtime_ns for p in folder.glob("outputs/sweeps/names/*/metrics.jsonl")}
+    return {p.parent.name: p.stat().st_mtime_ns for p in sorted(folder.glob("outputs/sweeps/names/*/metrics.jsonl"))}
 
 
 def test_a_sweep_resumes(command, tmp_path):

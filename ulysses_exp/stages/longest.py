@@ -1,4 +1,4 @@
-"""The longest sequence that trains, by trying: doubling until memory runs out, then bisecting."""
+"""The longest sequence that trains, by trying: growing until memory runs out, then bisecting."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 
 GRAIN = 16  # tokens of a rank: lengths are multiples of sp times this
+NEAR = 1.1  # a length that was planned may be this far off
 
 
 def at_length(config: Config, tokens: int) -> Config:
@@ -24,13 +25,7 @@ def at_length(config: Config, tokens: int) -> Config:
 
 
 def find(
-    config: Config,
-    folder: Path,
-    do: Callable[[Task], None],
-    found: dict[str, Any],
-    *,
-    first: int | None,
-    note: Callable[[str], None],
+    config: Config, folder: Path, do: Callable[[Task], None], found: dict[str, Any], note: Callable[[str], None]
 ) -> int:
     """The longest sequence that trains in `longest.memory_gib`, tokens; 0 where none does.
 
@@ -38,16 +33,16 @@ def find(
 
     Args:
         do: has fresh ranks run a task; raises RankFailure.
-        found: gets `max_seq_len` (tokens), `shortest_failed` (tokens), `memory_limit_bytes` of a rank and `tries`, a
-            dict a length, as they come in.
-        first: the first guess; None takes `train.seq_len`.
+        found: gets `max_seq_len`, `shortest_failed` and `planned_seq_len` (tokens), `memory_limit_bytes` of a rank and
+            `tries`, a dict a length, as they come in.
 
     Raises:
         RankFailure: a try failed for another reason than memory.
     """
-    limit = config.longest.memory_gib
-    options = {} if limit is None else {"memory_bytes": int(limit * 2**30)}
-    found.update(memory_limit_bytes=options.get("memory_bytes"), tries=[])
+    limit = None if config.longest.memory_gib is None else int(config.longest.memory_gib * 2**30)
+    options = {} if limit is None else {"memory_bytes": limit}
+    planned = _planned(config, limit, note) if config.longest.plan and limit is not None else None
+    found.update(memory_limit_bytes=limit, planned_seq_len=planned, tries=[])
 
     def trains(tokens: int) -> bool:
         entry: dict[str, Any] = {"seq_len": tokens, "trains": False, "reason": None}
@@ -65,35 +60,50 @@ def find(
         note(f"train {tokens:,} tokens: {'ok' if entry['trains'] else 'out of memory'}")
         return entry["trains"]
 
-    guess = first or config.train.seq_len
-    longest, shortest = search(trains, guess, config.layout.sp * GRAIN, config.longest.within)
+    step, within = config.layout.sp * GRAIN, config.longest.within
+    if planned is None:
+        longest, shortest = search(trains, config.train.seq_len, step, within)
+    else:
+        longest, shortest = search(trains, planned, step, within, factor=NEAR)
     found.update(max_seq_len=longest, shortest_failed=shortest)
     return longest
 
 
-def search(trains: Callable[[int], bool], first: int, step: int, within: float) -> tuple[int, int]:
+def _planned(config: Config, limit: int, note: Callable[[str], None]) -> int | None:
+    from ulysses_exp.plan.planner import longest_sequence
+
+    planned = longest_sequence(config, config.layout, limit)
+    note("plan: no guess" if planned is None else f"plan: about {planned:,} tokens")
+    return planned
+
+
+def search(trains: Callable[[int], bool], first: int, step: int, within: float, factor: float = 2.0) -> tuple[int, int]:
     """(longest length that trains, shortest tried length that does not), tokens.
 
-    Lengths are multiples of `step`. Every call of `trains` costs a start of ranks, so the first guess should be near.
+    Lengths are multiples of `step`. Every call of `trains` costs a start of ranks.
 
     Args:
         trains: whether a sequence of this many tokens trains; true up to some length and false beyond.
-        first: the first guess, at least one `step`.
+        first: the first guess.
         within: the search ends where the two lengths are this close, relative to the longer one, or one `step` apart.
+        factor: of the second length tried to the first; squared with each further one, at most 2. The better the first
+            guess, the smaller.
 
     Returns:
         0 as the first of the two where not even `step` tokens train.
     """
     guess = max(step, first // step * step)
     if trains(guess):
-        longest, shortest = guess, 2 * guess
+        longest, shortest = guess, _times(guess, factor, step)
         while trains(shortest):
-            longest, shortest = shortest, 2 * shortest
+            factor = min(2.0, factor**2)
+            longest, shortest = shortest, _times(shortest, factor, step)
     else:
-        longest, shortest = max(step, guess // 2 // step * step), guess
-        while longest < shortest and not trains(longest):
-            longest, shortest = max(step, longest // 2 // step * step), longest
-        if longest == shortest:  # the smallest has just failed
+        longest, shortest = _times(guess, 1 / factor, step), guess
+        while longest and not trains(longest):
+            factor = min(2.0, factor**2)
+            longest, shortest = _times(longest, 1 / factor, step), longest
+        if not longest:
             return 0, shortest
     while shortest - longest > max(step, within * shortest):
         middle = (longest + shortest) // 2 // step * step
@@ -102,6 +112,13 @@ def search(trains: Callable[[int], bool], first: int, step: int, within: float) 
         else:
             shortest = middle
     return longest, shortest
+
+
+def _times(tokens: int, factor: float, step: int) -> int:
+    """`tokens` x `factor` as a multiple of `step`, at least one step away; 0 below the first."""
+    if factor > 1:
+        return max(tokens + step, int(tokens * factor) // step * step)
+    return 0 if tokens == step else max(step, min(tokens - step, int(tokens * factor) // step * step))
 
 
 def try_length(session: Session) -> dict[str, Any]:

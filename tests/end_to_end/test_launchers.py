@@ -1,0 +1,64 @@
+"""However the ranks are started, a job gives the same numbers: here, by torchrun on two nodes, by submitit."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from checkout import ROOT, only_run
+
+QUICK = ["zero.stage=3", "train.steps=3", "train.seq_len=64", "tracker.mode=disabled", "device=cpu"]
+
+
+def results(folder):
+    return json.loads((only_run(folder) / "results.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def losses(command, tmp_path_factory):
+    """Of a job whose ranks the command has started itself."""
+    folder = tmp_path_factory.mktemp("local")
+    done = command("sp.size=2", *QUICK, "stages=[train]", cwd=folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return results(folder)["stages"]["train"]["loss"]
+
+
+def test_torchrun_on_two_nodes(losses, tmp_path):
+    """launchers/torchrun_two_nodes.sh with both agents on this machine: sequences are shared across them."""
+    (tmp_path / ".venv").symlink_to(sys.prefix)
+    (tmp_path / "run.py").symlink_to(ROOT / "run.py")
+    surroundings = {**os.environ, "HEAD": "127.0.0.1", "PORT": "29533", "GPUS": "1", "OMP_NUM_THREADS": "1",
+                    "DS_ACCELERATOR": "cpu", "GLOO_SOCKET_IFNAME": "lo"}  # fmt: skip
+    agents = [
+        subprocess.Popen(
+            [ROOT / "launchers/torchrun_two_nodes.sh", "sp.size=2", *QUICK, "reload.layouts=[sp1-dp1-z0,sp2-dp1-z2]"],
+            cwd=tmp_path, env=surroundings | {"NODE": str(node)}, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )
+        for node in (0, 1)
+    ]  # fmt: skip
+    said = [agent.communicate(timeout=200)[0] for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], said
+    found = results(tmp_path)
+    assert found["status"] == "ok"
+    assert found["stages"]["train"]["loss"] == pytest.approx(losses, rel=1e-7)
+    assert [cell["status"] for cell in found["stages"]["reload"]["cells"]] == ["ok"] * 3
+
+
+def test_ranks_submitted_by_submitit(losses, command, tmp_path):
+    done = command("sp.size=2", *QUICK, "stages=[train]", "launch=slurm", "launch.cluster=local", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert results(tmp_path)["stages"]["train"]["loss"] == pytest.approx(losses, rel=1e-7)
+
+
+def test_jobs_submitted_by_hydra(losses, command, tmp_path):
+    """hydra/launcher=submitit_slurm, with submitit's local executor in the place of Slurm: a process a job."""
+    done = command(
+        "-m", "hydra/launcher=submitit_local", "hydra.launcher.timeout_min=5", "sweep.name=submitted", *QUICK,
+        "sp.size=2,3", "stages=[train]", cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "sweep: 1 ok, 1 skipped" in done.stdout, "what became of the jobs is known here, too"
+    (trained,) = [p for p in tmp_path.glob("outputs/sweeps/submitted/*/results.json") if "sp.size=2" in str(p)]
+    assert json.loads(trained.read_text())["stages"]["train"]["loss"] == pytest.approx(losses, rel=1e-7)
