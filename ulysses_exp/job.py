@@ -146,7 +146,8 @@ class Job:
             work.append("eval")
         if "reload" in self.config.stages and self.config.reload.steps:
             work.append("continuation")
-        self._main = Task("main", self.config, tuple(work), self.folder, self._source_options())
+        options = self._source_options() | (self._eval_options(note) if "eval" in work else {})
+        self._main = Task("main", self.config, tuple(work), self.folder, options)
         self._do(self._main)
         self._collect()
 
@@ -164,7 +165,7 @@ class Job:
             self.results["stages"]["eval"] = {"status": "ok", "mode": "none"}
             return
         self._needs("train")
-        task = Task("eval", self.config, ("eval",), self.folder, self._source_options())
+        task = Task("eval", self.config, ("eval",), self.folder, self._source_options() | self._eval_options(note))
         self._main = self._main or task
         self._do(task)
         self.results["stages"]["eval"] = _read(task.results / "eval.json")
@@ -288,6 +289,15 @@ class Job:
         entry = self.results["stages"].get(stage)
         if stage in self.config.stages and (entry is None or entry["status"] != "ok"):
             raise StageFailure(f"stage {stage} did not end well, so there is nothing to work on")
+
+    def _eval_options(self, note: Callable[[str], None]) -> dict[str, Any]:
+        """What `eval.mode=auto` is decided by; the ranks know how much memory is free."""
+        if self.config.eval.mode != "auto" or self.config.layout.sp == 1:
+            return {}
+        from ulysses_exp.plan.planner import bypassed_evaluation_bytes
+
+        note("eval.mode=auto: planning the evaluation of a whole sequence on one rank")
+        return {"bypassed_evaluation_bytes": bypassed_evaluation_bytes(self.config)}
 
     def _source_options(self) -> dict[str, Any]:
         if self.config.checkpoint.source is None:

@@ -26,7 +26,8 @@ def test_every_stage_is_shown_with_units():
     for expected in (
         "tiny_llama  sp4-dp1-z3  ok", "853 k parameters", "5.5000 → 3.1134 in 20 steps", "234 k tokens/s",
         "69.9 ms median", "717 MiB, worst of 4 ranks", "128 calls, 48.0 MiB a step", "gradient norm 3.1e-08",
-        "fits, 52.0 GiB of 77.0 GiB on each H100", "longest      131,072 tokens", "41.0% at most", "largest difference of a logit: 2.4e-07",
+        "fits, 52.0 GiB of 77.0 GiB a rank", "longest      131,072 tokens", "41.0% at most",
+        "largest difference of a logit: 2.4e-07",
         "bit-exact", "4.8e-07", "/somewhere/outputs/run", "wandb leet outputs/run/wandb",
     ):  # fmt: skip
         assert expected in text, expected

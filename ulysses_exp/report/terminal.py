@@ -165,7 +165,9 @@ def summary(results: dict[str, Any], folder: Path, console: Console, how_to_open
         facts.add_row("model", shape)
     if layout:
         ranks = "1 rank" if layout.get("world") == 1 else f"{layout.get('world')} ranks"
-        device = "no device yet" if set(stages) == {"plan"} else results.get("device", "?")
+        device = results.get("device", "?")
+        if set(stages) == {"plan"}:  # nothing has run here
+            device = stages["plan"].get("hardware", "?")
         facts.add_row("layout", f"{ranks} on {device}: sequences over {layout.get('sp')},"
                                 f" data over {layout.get('dp')}, ZeRO {layout.get('zero')}")  # fmt: skip
     _train(facts, stages.get("train"), arrow)
