@@ -9,6 +9,7 @@ import os
 import re
 import sys
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +35,8 @@ def main() -> None:
         sys.exit(serve())
     asks = arguments.help or arguments.hydra_help or arguments.cfg or arguments.info or arguments.shell_completion
     try:
-        _register_resolvers()
+        axes: set[str] = set()
+        _register_resolvers(axes)
         from ulysses_exp.sweep import Sweep
 
         sweep = Sweep()
@@ -45,6 +47,7 @@ def main() -> None:
                 sys.argv[1:] = [*flags, *([] if arguments.multirun else ["-m"]), *jobs]
                 arguments.multirun, arguments.overrides = True, jobs
                 sweep.total = _jobs(jobs)
+                axes.update(override.key_or_group for override in _swept(jobs))
         _hydra(sweep)
     except KeyboardInterrupt:
         if arguments.multirun:
@@ -64,8 +67,8 @@ def main() -> None:
     sys.exit(sweep.exit_code())
 
 
-def _register_resolvers() -> None:
-    """Names of sweep and job folders, for conf/config.yaml."""
+def _register_resolvers(axes: Collection[str]) -> None:
+    """Names of sweep and job folders, for conf/config.yaml. `axes`: the keys that the sweep varies, once known."""
     from datetime import datetime
 
     from omegaconf import OmegaConf
@@ -75,7 +78,10 @@ def _register_resolvers() -> None:
     now = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     OmegaConf.register_new_resolver("sweep_folder", lambda name: name or now, replace=True)
 
-    OmegaConf.register_new_resolver("job_folder", job_name, replace=True)
+    def job_folder(overrides: str, number: int) -> str:
+        return job_name(overrides, number, axes)
+
+    OmegaConf.register_new_resolver("job_folder", job_folder, replace=True)
 
 
 def sweep_overrides(overrides: list[str], multirun: bool) -> list[str] | None:
@@ -87,24 +93,29 @@ def sweep_overrides(overrides: list[str], multirun: bool) -> list[str] | None:
     Raises:
         ConfigError: the one job cannot run, or several values were given for one.
     """
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-
     from ulysses_exp.config import ConfigError
 
     sources = _several_sources(overrides)
     overrides = sources or overrides
-    parsed = OverridesParser.create().parse_overrides(overrides)
-    plain = [text for text, override in zip(overrides, parsed, strict=True) if not override.is_sweep_override()]
-    several = [override for override in parsed if override.is_sweep_override()]
+    several = _swept(overrides)
+    varied = [override.input_line for override in several]
+    plain = [override for override in overrides if override not in varied]
     axes = _compose(plain, check=not (multirun or several))
     if not (multirun or sources or axes):
         if several:
             key = several[0].key_or_group
             raise ConfigError(key, "has several values", "add -m to run a job for each")
         return None
-    given = {override.key_or_group for override in parsed}
+    given = {override.partition("=")[0].lstrip("+~") for override in overrides}
     kept = [f"{key}={values}" for key, values in axes.items() if key not in given]
     return [*kept, *overrides, *(["hydra.sweeper.params=null"] if axes else [])]
+
+
+def _swept(overrides: list[str]) -> list[Any]:
+    """Those of `overrides`, parsed, that give more than one value."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    return [o for o in OverridesParser.create().parse_overrides(overrides) if o.is_sweep_override()]
 
 
 def _compose(overrides: list[str], check: bool) -> dict[str, str]:

@@ -9,8 +9,10 @@ import hashlib
 import json
 import re
 import shutil
+import statistics
 import time
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,15 +52,18 @@ def finished(config: Config, folder: Path) -> bool:
     return config.sweep.rerun == "failed" or earlier.get("fingerprint") == fingerprint(config)
 
 
-def job_name(overrides: str, number: int, sweep: str | None) -> str:
-    """The folder of a job: its overrides, e.g. `sp.size=2,zero.stage=3`.
+def job_name(overrides: str, number: int, axes: Collection[str]) -> str:
+    """The folder of a job: what the sweep varies, e.g. `sp.size=2,zero.stage=3`.
+
+    What all jobs share is no part of it, so a sweep that is called again with another `train.steps` finds its jobs
+    changed and runs them again in their places.
 
     Args:
         overrides: Hydra's `override_dirname`.
-        number: of the job, its name where nothing is overridden.
-        sweep: `sweep.name`; a study named like the sweep is not said twice.
+        number: of the job, its name where nothing is varied.
+        axes: keys that the sweep varies.
     """
-    parts = [part for part in re.split(r",(?=[\w./+~-]+=)", overrides) if part != f"experiment={sweep}"]
+    parts = [p for p in re.split(r",(?=[\w./+~@-]+=)", overrides) if p.partition("=")[0].lstrip("+~") in axes]
     whole = ",".join(parts)
     short = ",".join(re.sub(r"=.*/", "=", part.rstrip("/'")) for part in parts)[:100]  # of a path its last folder
     name = re.sub(r"[^\w.=,+-]+", "_", short).strip("_,") or str(number)
@@ -104,13 +109,16 @@ class Sweep:
     total: int = 1
     outcomes: list[str] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
-    started: float = field(default_factory=time.monotonic)
-    ran: int = 0  # jobs that were not done already
+    seconds: list[float] = field(default_factory=list)  # of each job that was not done already
+    _mark: float = field(default_factory=time.monotonic)  # when the last job ended
 
     def add(self, outcome: str, name: str, reason: str | None, ran: bool = True) -> None:
         """Records a job. `reason` says why it is not ok."""
         self.outcomes.append(outcome)
-        self.ran += ran
+        now = time.monotonic()
+        if ran:
+            self.seconds.append(now - self._mark)
+        self._mark = now
         if outcome != "ok":
             self.failures.append(f"{name}: {outcome}: {reason}")
 
@@ -133,8 +141,9 @@ class Sweep:
         if done:
             text += f" ({self.counts()})"
         text += f", job {done + 1} running"
-        if self.ran:
-            text += f", {of_seconds((time.monotonic() - self.started) / self.ran * (self.total - done))} left"
+        if self.seconds:
+            typical = statistics.mean(self.seconds[1:] or self.seconds)  # the first has also started the forkserver
+            text += f", {of_seconds(typical * (self.total - done))} left"
         return text
 
     def counts(self) -> str:

@@ -41,8 +41,8 @@ def test_a_sweep_resumes(command, tmp_path):
 
     changed = command(*[o.replace("train.steps=2", "train.steps=3") for o in sweep], cwd=tmp_path)
     assert changed.returncode == 0
-    lengths = {len(p.read_text().splitlines()) for p in tmp_path.glob("outputs/sweeps/names/*/metrics.jsonl")}
-    assert 3 in lengths
+    lengths = [len(p.read_text().splitlines()) for p in tmp_path.glob("outputs/sweeps/names/*/metrics.jsonl")]
+    assert lengths == [3, 3], "in their places"
 
 
 def test_a_failing_job_does_not_end_the_sweep(command, tmp_path):
