@@ -112,7 +112,8 @@ def _stop_after_first_rows(server: WandbServer) -> None:
 
 
 def test_report_arrives_as_media(tmp_path):
-    write(tmp_path / "ladder" / "a", results(2))
+    made = write(tmp_path / "ladder" / "a", results(2))
+    cells = json.loads((made / "results.json").read_text())["stages"]["reload"]["cells"]
     with WandbServer() as server:
         surroundings = environment(tmp_path) | {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": "a" * 40}
         command = [sys.executable, "-m", "ulysses_exp.report", "ladder", "--tracker", "online"]
@@ -124,6 +125,9 @@ def test_report_arrives_as_media(tmp_path):
     assert pictures == {"loss", "eval", "reload", "step_split", "parity", "plan"}
     (table,) = (json.loads(content) for name, content in server.files.items() if name.startswith("media/table/runs"))
     assert table["data"][0][0] == "sp2-dp1-z3"
+    (sent,) = (json.loads(content) for name, content in server.files.items() if name.startswith("media/table/reload"))
+    assert sent["columns"][:2] == ["source", "target"]
+    assert [row[:2] for row in sent["data"]] == [[cell["source"], cell["target"]] for cell in cells]
 
 
 def test_sync_of_a_sweep_sends_every_job(tmp_path):
