@@ -89,8 +89,8 @@ class MemoryConfig:
     name: str = MISSING
     checkpointing: str = "none"  # none, non_reentrant, reentrant
     offload_activations: bool = False
-    tiled_mlp: int = 0  # tiles along the sequence, 0: off
-    tiled_loss: int = 0  # tiles along the sequence, 0: off
+    tiled_mlp: int = 0  # tiles along the sequence, 0: off, -1: of 4,096 tokens each (four at least)
+    tiled_loss: int = 0  # the same
     expandable_segments: bool = False  # CUDA: the allocator grows its segments, so less is lost to fragments
 
 
@@ -413,8 +413,8 @@ _LEAST = {
     "launch.timeout_s": 1,
     "launch.gpus_per_node": 1,
     "launch.time_min": 1,
-    "memory.tiled_mlp": 0,
-    "memory.tiled_loss": 0,
+    "memory.tiled_mlp": -1,
+    "memory.tiled_loss": -1,
     "data.mean_document": 2,
     "seed": 0,
 }

@@ -14,6 +14,7 @@ from memory_ranks import new_model
 
 from ulysses_exp import memory
 from ulysses_exp.config import ConfigError, MemoryConfig
+from ulysses_exp.memory.tile_size import AUTO, TILE, tiles_of
 
 LENGTH = 512
 #: Shapes in which what an option saves is most of what there is.
@@ -117,3 +118,8 @@ def test_offload_frees_device_memory() -> None:
         peaks.append(torch.cuda.memory_allocated())
         loss.backward()
     assert peaks[1] <= peaks[0] - 6 * LENGTH * 128 * 4
+
+
+def test_tiles_follow_the_length_where_none_are_given() -> None:
+    assert [tiles_of(AUTO, n) for n in (16, 4 * TILE, 4 * TILE + 1, 462_500)] == [4, 4, 5, 113]
+    assert tiles_of(7, 462_500) == 7

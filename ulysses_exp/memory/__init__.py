@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
-
 from ulysses_exp.config import MemoryConfig
 
 if TYPE_CHECKING:
@@ -27,6 +25,8 @@ def apply(model: PreTrainedModel, memory: MemoryConfig) -> None:
     Raises:
         ConfigError: the model has not what an option works on.
     """
+    import torch
+
     from ulysses_exp.memory.checkpointing import checkpoint_layers
     from ulysses_exp.memory.tiled_loss import tile_loss
     from ulysses_exp.memory.tiled_mlp import tile_mlps

@@ -21,15 +21,19 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from ulysses_exp.config import ConfigError
+from ulysses_exp.memory.tile_size import tiles_of
 
 IGNORED = -100
 
 
 def tile_loss(model: PreTrainedModel, tiles: int) -> None:
-    """Computes the loss of `model` in `tiles` tiles along the sequence; the output's `logits` are then None.
+    """Computes the loss of `model` in tiles along the sequence; the output's `logits` are then None.
 
     A forward without labels is left alone. Everything that the model does between hidden states and loss (softcapping,
     scaling, its loss function) is the model's own code, run on one tile at a time.
+
+    Args:
+        tiles: their number, or `tile_size.AUTO`.
 
     Raises:
         ConfigError: the model adds a router's loss, which is not a sum over positions.
@@ -59,7 +63,8 @@ def tile_loss(model: PreTrainedModel, tiles: int) -> None:
                 return forward(labels=targets, shift_labels=targets, num_items_in_batch=num_items_in_batch).loss
 
         outputs = model.base_model(*args, **kwargs)
-        pairs = zip(outputs.last_hidden_state.chunk(tiles, dim=1), shift_labels.chunk(tiles, dim=1), strict=True)
+        number = tiles_of(tiles, shift_labels.shape[1])
+        pairs = zip(outputs.last_hidden_state.chunk(number, dim=1), shift_labels.chunk(number, dim=1), strict=True)
         losses = [checkpoint(tile_loss, *pair, use_reentrant=False, preserve_rng_state=False) for pair in pairs]
         return CausalLMOutputWithPast(loss=torch.stack(losses).sum(), past_key_values=outputs.past_key_values)
 

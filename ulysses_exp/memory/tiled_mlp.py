@@ -16,10 +16,14 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ulysses_exp.config import ConfigError
+from ulysses_exp.memory.tile_size import tiles_of
 
 
 def tile_mlps(model: PreTrainedModel, tiles: int) -> None:
-    """Runs the dense MLP of every decoder layer of `model` in `tiles` tiles along the sequence while it trains.
+    """Runs the dense MLP of every decoder layer of `model` in tiles along the sequence while it trains.
+
+    Args:
+        tiles: their number, or `tile_size.AUTO`.
 
     Raises:
         ConfigError: a decoder layer has no dense MLP named `mlp`, as transformers' Llama-like models do.
@@ -42,7 +46,9 @@ def _tiled(
         """`x`: [..., positions, hidden]."""
         if not mlp.training:
             return forward(x)
-        parts = [checkpoint(forward, tile, use_reentrant=False) for tile in x.chunk(tiles, dim=-2)]
+        parts = [
+            checkpoint(forward, tile, use_reentrant=False) for tile in x.chunk(tiles_of(tiles, x.shape[-2]), dim=-2)
+        ]
         return torch.cat(parts, dim=-2)
 
     return tiled_forward

@@ -99,8 +99,8 @@ def work(config: Config) -> Work:
         seq_len=train.seq_len,
         sequences=train.global_batch_size,
         recompute=recompute,
-        tiled_mlp=memory.tiled_mlp > 0,
-        tiled_loss=memory.tiled_loss > 0,
+        tiled_mlp=memory.tiled_mlp != 0,
+        tiled_loss=memory.tiled_loss != 0,
     )
     attention = sum(layer.flops(train.seq_len) for layer in forward_flops(architecture).attention)
     return Work(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ulysses_exp.config import Config
+from ulysses_exp.memory.tile_size import tiles_of
 from ulysses_exp.plan.forks import forks
 from ulysses_exp.plan.hardware import Hardware, load
 from ulysses_exp.plan.planner import Planner
@@ -97,7 +98,12 @@ def _settings(config: Config) -> str:
         parts.append(f"{' and '.join(offloaded)} in host memory")
     if memory.checkpointing != "none":
         parts.append("recomputation" + (" from host memory" if memory.offload_activations else ""))
-    parts += [f"{name} in {n} tiles" for name, n in (("MLP", memory.tiled_mlp), ("loss", memory.tiled_loss)) if n]
+    local = train.seq_len // config.sp.size
+    parts += [
+        f"{name} in {tiles_of(tiles, local)} tiles"
+        for name, tiles in (("MLP", memory.tiled_mlp), ("loss", memory.tiled_loss))
+        if tiles
+    ]
     parts.append(f"{train.global_batch_size} sequences a step in {config.accumulation} micro steps")
     return ", ".join(parts)
 
