@@ -139,8 +139,10 @@ def wait_for_gloo() -> None:
             before = [t._use_count() for t in tensors]
             work = collective(*args, **kwargs)
             if work is None:
-                until = time.monotonic() + 1
-                while time.monotonic() < until and [t._use_count() for t in tensors] != before:
+                until = time.monotonic() + 0.1  # a thread lets go within microseconds
+                while time.monotonic() < until and any(
+                    t._use_count() > n for t, n in zip(tensors, before, strict=True)
+                ):
                     time.sleep(1e-5)
             return work
 
