@@ -34,12 +34,12 @@ def main() -> None:
 
         sys.exit(serve())
     asks = arguments.help or arguments.hydra_help or arguments.cfg or arguments.info or arguments.shell_completion
-    try:
-        axes: set[str] = set()
-        _register_resolvers(axes)
-        from ulysses_exp.sweep import Sweep
+    from ulysses_exp.sweep import Sweep
 
-        sweep = Sweep()
+    sweep = Sweep()
+    axes: set[str] = set()
+    try:
+        _register_resolvers(axes)
         if not asks:
             jobs = sweep_overrides(arguments.overrides, arguments.multirun)
             if jobs is not None:
