@@ -12,6 +12,9 @@ from ulysses_exp.plan.depth import depths, whole
 from ulysses_exp.plan.forks import Forks, TraceError, forks
 from ulysses_exp.plan.trace import Request, Trace, trace
 
+#: Lengths that a search traces at most; two or three are usual.
+_TRIES = 10
+
 
 @dataclass(frozen=True)
 class Model:
@@ -96,24 +99,29 @@ class Planner:
         rest stays, which gives the next length to trace. The fullest moment may be another one there, so it goes on
         until the next length is within 3 % of the last: so near, it is right to a small part of that.
         """
+        fitting = 0
         length = self.config.train.seq_len
         length = length if length in self._traces else max(step, length // step * step)
-        for _ in range(8):
+        for _ in range(_TRIES):
             traced = self._traces.get(length) or self._trace(length, memory_only=True)
             limits: list[tuple[dict[str, int], float]] = [(kinds, device_bytes) for kinds in traced.device.values()]
             limits += [(kinds, host_bytes) for kinds in traced.host.values()]
             following = min(_grown_to(limit, kinds, length) for kinds, limit in limits)
-            following = int(min(following, 16 * length)) // step * step
-            if abs(following - length) <= max(0.03 * length, step) or (length == step and following < step):
-                return following
+            if all(sum(kinds.values()) <= limit for kinds, limit in limits):
+                fitting = max(fitting, length)
+            following = max(0, int(min(following, 16 * length)) // step * step)
+            if abs(following - length) <= max(0.03 * length, step) or following < step == length:
+                return following if following >= step else 0
             length = max(step, following)
-        return length
+        return fitting
 
 
 def _grown_to(limit: float, kinds: dict[str, int], length: int) -> float:
     """The length at which `kinds`, seen at `length`, come to `limit` bytes if the activations alone grow with it."""
-    activations = kinds.get("activations", 0)
-    return length * (limit - (sum(kinds.values()) - activations)) / activations if activations else math.inf
+    activations, all_kinds = kinds.get("activations", 0), sum(kinds.values())
+    if not activations:
+        return math.inf if all_kinds <= limit else 0.0
+    return length * (limit - (all_kinds - activations)) / activations
 
 
 def longest_sequence(config: Config, layout: Layout, memory_bytes: int) -> int | None:

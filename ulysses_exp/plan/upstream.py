@@ -5,7 +5,8 @@ Each is a symptom under fake tensors and a fake process group, not a defect in a
 - `torch.nn.Module._apply` swaps fake parameters with their converted selves and fails where nothing changed
   ("Couldn't swap Embedding.weight").
 - ZeRO 3 compares its trace with the other ranks', which a fake group does not have ("Detected a disagreement").
-- DeepSpeed's communication wrapper knows no backend of the name `fake`.
+- transformers takes fake tensors for a graph being traced, leaves positions unread and makes a mask of all pairs of
+  tokens (masking_utils.find_packed_sequence_indices).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from unittest.mock import patch
 import torch
 from deepspeed.runtime.zero import partitioned_param_coordinator
 from torch import Tensor
+from transformers import masking_utils
 
 
 def _apply(self: torch.nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> torch.nn.Module:
@@ -37,9 +39,10 @@ def _apply(self: torch.nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool 
 
 @contextlib.contextmanager
 def told() -> Iterator[None]:
-    """Within, the three are as described."""
+    """Within, they are as described."""
     with (
         patch.object(torch.nn.Module, "_apply", _apply),
+        patch.object(masking_utils, "is_tracing", lambda tensor=None: False),
         patch.object(partitioned_param_coordinator, "assert_ints_same_as_other_ranks", lambda ints: None),
     ):
         yield
