@@ -32,6 +32,7 @@ from ulysses_exp.plan.planner import Planner
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+SHOWN = ROOT / "ulysses_exp" / "plan" / "calibration.json"  # with every plan
 STEPS = 2
 
 
@@ -271,6 +272,7 @@ def main() -> None:
         print(page.splitlines()[-1], flush=True)
         recorded.write_text(json.dumps({"summary": total, "cells": rows}, indent=1))
         recorded.with_suffix(".md").write_text(page)
+        SHOWN.write_text(json.dumps(total, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -79,12 +79,10 @@ def tables(stage: Mapping[str, Any]) -> list[Table]:
 def remarks(stage: Mapping[str, Any]) -> list[str]:
     """What the figures rest on, and how far plans have been from measurements."""
     lines = [f"fullest {_PHASES[stage['peak_is_in']]}", *(f"assumed: {text}" for text in stage["assumptions"])]
-    known = stage.get("calibration")
-    if known is None:
-        return [*lines, "accuracy: the recorded calibration is not at hand (benchmarks/plan_calibration.py makes it)"]
+    known = stage["calibration"]
     return [
         *lines,
-        f"accuracy: memory within {known['max_abs_relative_memory_error']:.1%} and all-to-alls "
+        f"accuracy: memory within {known['max_abs_relative_memory_error_without_reduction_buffer']:.1%} and all-to-alls "
         f"{'exact' if known['all_to_all_bytes_exact'] else 'NOT exact'} in {known['cells']} runs of tiny models "
         f"({known['measured_on']}); on a GPU {known['gpu']}",
     ]
