@@ -103,7 +103,7 @@ def test_a_search_that_cannot_run_is_refused(override, key):
 
 def test_two_ranks_train_longer_sequences_than_one(command, tmp_path):
     done = command(
-        "experiment=max_seq_len", "sp.size=1,2", "zero.stage=0", "longest.memory_gib=0.0625", "longest.within=0.2",
+        "experiment=max_seq_len", "sp.size=1,2", "zero.stage=0", "longest.memory_gib=0.0625", "longest.within=0.3",
         "longest.plan=false", "train.seq_len=1024", "tracker.mode=disabled", "device=cpu", cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
@@ -115,6 +115,6 @@ def test_two_ranks_train_longer_sequences_than_one(command, tmp_path):
         verdicts = {entry["seq_len"]: entry for entry in train["tries"]}
         assert verdicts[train["max_seq_len"]]["trains"] and not verdicts[train["shortest_failed"]]["trains"]
         assert all(("out of memory" in (entry["reason"] or "")) != entry["trains"] for entry in verdicts.values())
-        assert train["shortest_failed"] <= 1.25 * train["max_seq_len"]
+        assert train["shortest_failed"] <= 1.5 * train["max_seq_len"]
         assert train["tokens_per_step"] == train["max_seq_len"], "the job goes on at the length that was found"
     assert found[2] > 1.3 * found[1]

@@ -176,6 +176,9 @@ def _hydra(sweep: Sweep) -> None:
     import hydra
 
     import ulysses_exp.config  # noqa: F401  registers the schema
+    from ulysses_exp.launch.environment import make_importable
+
+    make_importable()  # for jobs that hydra/launcher=... starts elsewhere
 
     def job(cfg: Any) -> float | None:
         return _run_job(cfg, sweep)

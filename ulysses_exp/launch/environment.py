@@ -20,7 +20,12 @@ def prepare(device: str) -> None:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     if device == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    here = str(Path(__file__).resolve().parents[2])  # a checkout need not be installed
+    make_importable()
+
+
+def make_importable() -> None:
+    """Processes started from here on find this package, also where it is a checkout that is not installed."""
+    here = str(Path(__file__).resolve().parents[2])
     if here not in (paths := os.environ.get("PYTHONPATH", "").split(os.pathsep)):
         os.environ["PYTHONPATH"] = os.pathsep.join([here, *filter(None, paths)])
 

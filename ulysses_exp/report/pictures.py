@@ -486,7 +486,8 @@ _PICTURES: tuple[tuple[str, str, str, Callable[[list[Run]], Figure | None]], ...
     (
         "memory",
         "Peak memory",
-        "The worst rank's peak. Dotted: what sharding everything perfectly over sp would give.",
+        "The worst rank's peak; on CPU that of its whole process, some 300 MiB of imported libraries included. Dotted: "
+        "what sharding everything perfectly over sp would give.",
         memory,
     ),
     (
