@@ -11,13 +11,8 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 from plan_calibration import Cell, compared
 
-#: every ZeRO stage, every layout of heads, sp 2 and 4
-CELLS = [
-    Cell("tiny_llama_mha", 2, 0),
-    Cell("tiny_llama", 2, 1, "alst"),
-    Cell("tiny_llama_mqa", 4, 2),
-    Cell("tiny_llama", 2, 3, precision="bf16"),
-]
+#: the extremes: nothing sharded; everything sharded, with more ranks than KV heads
+CELLS = [Cell("tiny_llama", 2, 0), Cell("tiny_llama_mqa", 4, 3)]
 
 
 @pytest.mark.timeout(200)

@@ -30,3 +30,32 @@ def test_an_unknown_machine_ends_before_anything_starts(command, tmp_path):
     assert done.returncode == 2
     assert done.stderr.strip() == "plan.hardware: 'h10' is not a choice; did you mean h100?"
     assert not (tmp_path / "run").exists()
+
+
+def test_a_model_of_which_only_the_configuration_is_there(command, tmp_path):
+    shape = {
+        "model_type": "qwen3", "vocab_size": 320, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 12,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+    }  # fmt: skip
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps(shape))
+    done = command(
+        "stages=[plan]", "model=hub", "model.name_or_path=model", "train.seq_len=4096", "plan.search=false",
+        "hydra.run.dir=run", "tracker.mode=disabled", cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr + done.stdout
+    plan = json.loads((tmp_path / "run" / "results.json").read_text())["stages"]["plan"]
+    projections = 64 * 16 * (4 + 2 + 2) + 4 * 16 * 64 + 2 * 16
+    assert plan["parameters"] == 2 * 320 * 64 + 12 * (projections + 3 * 64 * 128 + 2 * 64) + 64
+    assert "max_seq_len" not in plan
+
+
+def test_auto_evaluation_asks_the_plan(command, tmp_path):
+    done = command(
+        "stages=[train,eval]", "eval.mode=auto", "train.steps=1", "train.seq_len=128", "eval.sequences=2",
+        "hydra.run.dir=run", "tracker.mode=disabled", cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr + done.stdout
+    evaluated = json.loads((tmp_path / "run" / "results.json").read_text())["stages"]["eval"]
+    assert evaluated["mode"] == "bypass"
+    assert "on one rank by the plan" in evaluated["mode_reason"]
