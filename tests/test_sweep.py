@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 
 from ulysses_exp.cli import CONF, sweep_overrides
 from ulysses_exp.config import ConfigError, resolve
@@ -86,6 +87,16 @@ def test_names_that_are_cut_stay_different():
     assert all(name.startswith("checkpoint.source=sp.size=2-") for name in names)
     long = [job_name(f"model.name_or_path={'x' * 200}{i}", 0, {"model.name_or_path"}) for i in range(2)]
     assert len(set(long)) == 2 and max(map(len, long)) <= 110
+
+
+@pytest.mark.parametrize("study", sorted((CONF / "experiment").glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_study_says_the_last_word(study):
+    written = OmegaConf.load(study)
+    for key in ("defaults", "hydra"):
+        written.pop(key, None)
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        composed = compose("config", [f"experiment={study.stem}"])
+    assert OmegaConf.merge(composed, written) == composed
 
 
 @pytest.mark.parametrize(
