@@ -269,36 +269,44 @@ def plan(runs: list[Run]) -> Figure | None:
 def plan_grid(runs: list[Run]) -> Figure | None:
     """The longest planned sequence of each layout, a bar for each choice of memory savers."""
     planned = [run for run in runs if run.layout and run.figure("plan.max_seq_len") is not None]
-    layouts = sorted({run.layout for run in planned if run.layout}, key=lambda layout: (layout.zero, layout))
+    lengths = {(run.layout, _memory(run)): int(run.figure("plan.max_seq_len")) for run in planned}
+    layouts = sorted({layout for layout, _ in lengths if layout}, key=lambda layout: (layout.zero, layout))
     if len(layouts) < 2:
         return None
-    choices = list(dict.fromkeys(traits(run).get("memory.name", "planned") for run in planned))
+    longest_of = {name: max(n for (_, choice), n in lengths.items() if choice == name) for _, name in lengths}
+    choices = sorted(longest_of, key=lambda name: longest_of[name])
+    least = 2 ** (min((n for n in lengths.values() if n), default=1024).bit_length() - 2)
+    height = 0.8 / len(choices)
     canvas = figure(7.5, 1.4 + len(layouts) * (0.14 + 0.14 * len(choices)))
     axes = canvas.add_subplot()
-    lengths = {
-        (run.layout, traits(run).get("memory.name", "planned")): run.figure("plan.max_seq_len") for run in planned
-    }
-    least = 2.0 ** math.floor(math.log2(min((n for n in lengths.values() if n), default=1024)) - 1)
-    height = 0.8 / len(choices)
     for index, choice in enumerate(choices):
-        rows = [(y, lengths[layout, choice]) for y, layout in enumerate(layouts) if (layout, choice) in lengths]
-        at = [y + (index - (len(choices) - 1) / 2) * height for y, _ in rows]
-        widths = [max(length - least, 0) for _, length in rows]
-        colour, hatch = COLOURS[index % len(COLOURS)], HATCHES[index % len(HATCHES)]
-        axes.barh(at, widths, height * 0.9, left=least, color=colour, hatch=hatch, edgecolor="white", label=choice)
-        for y, (_, length) in zip(at, rows, strict=True):
+        found = [(y, lengths[layout, choice]) for y, layout in enumerate(layouts) if (layout, choice) in lengths]
+        rows = [y + (index - (len(choices) - 1) / 2) * height for y, _ in found]
+        widths = [max(length - least, 0) for _, length in found]
+        look: Any = {"color": COLOURS[index % len(COLOURS)], "hatch": HATCHES[index % len(HATCHES)]}
+        axes.barh(rows, widths, height * 0.9, left=least, edgecolor="white", label=choice, **look)
+        for y, (_, length) in zip(rows, found, strict=True):
             text = f" {length:,}" if length else " fits no length"
             axes.text(max(length, least), y, text, va="center", fontsize=6.5, color=INK if length else FAINT)
     axes.set_xscale("log", base=2)
-    longest_of_all = max(lengths.values())
-    axes.set_xlim(least, max(longest_of_all, least) * 4)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: of_count(value)))
-    axes.set_xlabel("longest sequence that fits (tokens)")
+    axes.set_xlim(least, max(*longest_of.values(), least) * 4)
+    axes.xaxis.set_major_formatter(FuncFormatter(_binary))
+    axes.set_xlabel(f"longest sequence that fits (tokens), {planned[0].model}, {planned[0].figure('plan.hardware')}")
     axes.set_yticks(range(len(layouts)), [layout.name for layout in layouts])
     axes.grid(False, axis="y")
     axes.invert_yaxis()
-    canvas.legend(loc="outside upper left", ncols=len(choices))
+    canvas.legend(loc="outside upper left", ncols=len(choices), title="memory", alignment="left")
     return canvas
+
+
+def _memory(run: Run) -> str:
+    """The choice of memory savers."""
+    return traits(run).get("memory.name", "memory none").removeprefix("memory ")
+
+
+def _binary(value: float, _: Any) -> str:
+    """A power of two as sequence lengths are called: 128 K are 131,072."""
+    return f"{value / 2**20:g} M" if value >= 2**20 else f"{value / 2**10:g} K" if value >= 2**10 else f"{value:g}"
 
 
 def parity(runs: list[Run]) -> Figure | None:

@@ -80,9 +80,10 @@ def remarks(stage: Mapping[str, Any]) -> list[str]:
     """What the figures rest on, and how far plans have been from measurements."""
     lines = [f"fullest {_PHASES[stage['peak_is_in']]}", *(f"assumed: {text}" for text in stage["assumptions"])]
     known = stage["calibration"]
+    error = known["max_abs_relative_memory_error_without_reduction_buffer"]
     return [
         *lines,
-        f"accuracy: memory within {known['max_abs_relative_memory_error_without_reduction_buffer']:.1%} and all-to-alls "
+        f"accuracy: memory within {error:.1%} and all-to-alls "
         f"{'exact' if known['all_to_all_bytes_exact'] else 'NOT exact'} in {known['cells']} runs of tiny models "
         f"({known['measured_on']}); on a GPU {known['gpu']}",
     ]
