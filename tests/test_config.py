@@ -85,6 +85,7 @@ WRONG = [
     (["device=tpu"], "device"),
     (["seed=-1"], "seed"),
     (["experiment=none_such"], "experiment"),
+    (["data=packed", "data.padding=left"], "data.padding"),
 ]
 
 

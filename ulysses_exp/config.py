@@ -479,6 +479,9 @@ def check(config: Config) -> None:
         raise ConfigError("device", "no GPU is present", "set device=cpu or device=auto")
     if c.model.name == "hub" and not c.model.name_or_path:
         raise ConfigError("model.name_or_path", "model=hub names no model", "set a local folder or a hub name")
+    if c.data.name == "packed" and c.data.padding != "none":
+        # transformers sees documents only where there is no padding mask: sp 1 and sp 2 would train different models
+        raise ConfigError("data.padding", "packed sequences are full", "set data.padding=none, or data=text")
     if c.data.name == "hub" and not c.data.dataset:
         raise ConfigError("data.dataset", "data=hub names no dataset", "set a local folder or a hub name")
     if c.model.name_or_path is None and "model_type" not in c.model.architecture:

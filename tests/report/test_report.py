@@ -182,6 +182,17 @@ def test_another_choice_of_a_group_goes_by_its_name(tmp_path):
     assert runs.labels(runs.find([tmp_path])) == ["sp2-dp1-z3, memory alst", "sp2-dp1-z3, memory none"]
 
 
+def test_a_setting_that_differs_within_a_choice_is_named_beside_it(tmp_path):
+    for name, padding in (("text", "none"), ("text", "left"), ("packed", "none")):
+        folder = write(tmp_path / f"{name}-{padding}", results(2), 1024)
+        (folder / ".hydra" / "config.yaml").write_text(
+            f"train: {{seq_len: 1024}}\ndata: {{name: {name}, padding: {padding}, mean_document: {len(name)}}}\n"
+        )
+    assert [label.removeprefix("sp2-dp1-z3, ") for label in runs.labels(runs.find([tmp_path]))] == [
+        "data packed, padding none", "data text, padding left", "data text, padding none",
+    ]  # fmt: skip
+
+
 def test_a_run_reached_by_two_paths_counts_once(tmp_path):
     write(tmp_path / "run", results(2))
     (tmp_path / "latest").symlink_to(tmp_path / "run")

@@ -166,8 +166,19 @@ def differing(runs: list[Run]) -> list[str]:
         for name, value in traits(run).items():
             values.setdefault(name, set()).add(value)
     several = [name for name, found in values.items() if len(found - {"?"}) > 1]
-    # Another choice of a group changes many of its settings: its name says it all.
-    return [name for name in several if f"{name.split('.')[0]}.name" not in several or name.endswith(".name")]
+    return [name for name in several if not _told_by_name(name, runs)]
+
+
+def _told_by_name(trait: str, runs: list[Run]) -> bool:
+    """Whether the choice of the trait's group says it all: another choice changes many of the group's settings."""
+    group = f"{trait.split('.')[0]}.name"
+    if trait == group or "." not in trait:
+        return False
+    values: dict[str | None, set[str | None]] = {}
+    for run in runs:
+        of_run = traits(run)
+        values.setdefault(of_run.get(group), set()).add(of_run.get(trait))
+    return len(values) > 1 and all(len(found) == 1 for found in values.values())
 
 
 def labels(runs: list[Run]) -> list[str]:
