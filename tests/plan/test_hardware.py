@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from checkout import ROOT
 
@@ -36,3 +38,14 @@ def test_ranks_of_a_node_share_its_memory():
 def test_an_unknown_machine_is_refused_with_the_nearest():
     with pytest.raises(ConfigError, match=r"plan\.hardware: 'h10' is not a choice; did you mean h100\?"):
         load("h10")
+
+
+def test_a_file_of_ones_own(tmp_path):
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(
+        (ROOT / "conf" / "hardware" / "a100.yaml").read_text().replace("gpus_per_node: 8", "gpus_per_node: 4")
+    )
+    assert load(str(mine)) == replace(load("a100"), gpus_per_node=4)
+    mine.write_text("name: mine\nmemory: 80\n")
+    with pytest.raises(ConfigError, match=r"mine\.yaml does not describe a machine"):
+        load(str(mine))

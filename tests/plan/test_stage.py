@@ -9,7 +9,7 @@ import subprocess
 def test_a_plan_for_a_gpu_that_is_not_here(command, tmp_path):
     done: subprocess.CompletedProcess[str] = command(
         "stages=[plan]", "sp.size=4", "zero.stage=3", "memory=alst", "train.precision=bf16", "train.seq_len=65536",
-        "hydra.run.dir=run", "tracker.mode=disabled", cwd=tmp_path,
+        "hydra.run.dir=run", cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr + done.stdout
     for expected in ("65,536 tokens: fits", "H100", "all-to-all", "activations", "assumed:", "accuracy:"):

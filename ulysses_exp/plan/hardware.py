@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from ulysses_exp.cli import CONF
 from ulysses_exp.config import ConfigError, nearest
@@ -43,9 +45,17 @@ class Hardware:
 
 
 def load(name: str) -> Hardware:
-    """Reads conf/hardware/`name`.yaml. Raises ConfigError where there is none."""
-    path = CONF / "hardware" / f"{name}.yaml"
+    """Reads conf/hardware/`name`.yaml, or the file `name` where that ends in `.yaml`.
+
+    Raises:
+        ConfigError: there is no such file, or it does not describe a machine.
+    """
+    path = Path(name) if name.endswith(".yaml") else CONF / "hardware" / f"{name}.yaml"
     if not path.is_file():
-        known = sorted(p.stem for p in path.parent.glob("*.yaml"))
+        known = sorted(p.stem for p in (CONF / "hardware").glob("*.yaml"))
         raise ConfigError("plan.hardware", f"{name!r} is not a choice", nearest(name, known))
-    return Hardware(**OmegaConf.to_container(OmegaConf.load(path)))  # type: ignore[arg-type]
+    try:
+        return Hardware(**OmegaConf.to_container(OmegaConf.load(path)))  # type: ignore[arg-type]
+    except (TypeError, ValueError, OmegaConfBaseException) as error:
+        problem = f"{path.name} does not describe a machine ({str(error).splitlines()[0]})"
+        raise ConfigError("plan.hardware", problem, "copy conf/hardware/h100.yaml and change its figures") from error
