@@ -328,7 +328,9 @@ def parity(runs: list[Run]) -> Figure | None:
         style = series(index) | {"linestyle": ""}
         rows = [row + (index - 1) * 0.2 for row in range(len(compared))]
         axes.plot(values, rows, label=name, **style)
-    _difference_axis(axes, "x", max(run.figure("parity.tolerance") or 1e-6 for _, run in compared))
+    allowed = max(run.figure("parity.tolerance") or 1e-6 for _, run in compared)
+    of_weights = max(run.figure("parity.weight_tolerance") or allowed for _, run in compared)
+    _difference_axis(axes, "x", allowed, {} if of_weights == allowed else {"weights": of_weights})
     axes.set_yticks(range(len(compared)), [label for label, _ in compared])
     axes.invert_yaxis()
     axes.set_xlabel(f"largest relative difference to {compared[0][1].figure('parity.reference')}")
@@ -423,17 +425,27 @@ def _stacked(
     return canvas
 
 
-def _difference_axis(axes: Axes, which: str, allowed: float) -> None:
-    """A logarithmic axis for differences, with a place for exactly zero and a line at what is allowed."""
+def _difference_axis(axes: Axes, which: str, allowed: float, others: dict[str, float] | None = None) -> None:
+    """A logarithmic axis for differences, with a place for exactly zero and a line at what is allowed.
+
+    Args:
+        others: what has a limit of its own, by name.
+    """
+    largest = max(allowed, *(others or {}).values(), 0.0)
     getattr(axes, f"set_{which}scale")("log")
-    getattr(axes, f"set_{which}lim")(ZERO_AT / 3, max(allowed * 10, getattr(axes, f"get_{which}lim")()[1]))
-    ticks = [ZERO_AT, *(10.0**e for e in range(-15, math.ceil(math.log10(allowed)) + 2, 3))]
+    getattr(axes, f"set_{which}lim")(ZERO_AT / 3, max(largest * 10, getattr(axes, f"get_{which}lim")()[1]))
+    ticks = [ZERO_AT, *(10.0**e for e in range(-15, math.ceil(math.log10(largest)) + 2, 3))]
     axis = getattr(axes, f"{which}axis")
     axis.set_ticks(ticks, ["0", *(f"1e{round(math.log10(t))}" for t in ticks[1:])])
     axis.set_ticks([], minor=True)
+    for name, limit in {"": allowed, **(others or {})}.items():
+        _limit(axes, which, limit, name)
+
+
+def _limit(axes: Axes, which: str, allowed: float, of: str) -> None:
     line = axes.axhline if which == "y" else axes.axvline
     line(allowed, color=FAINT, linewidth=0.9, linestyle=(0, (4, 3)))
-    text = f"allowed {allowed:.0e}".replace("e-0", "e-")
+    text = f"{of} allowed {allowed:.0e}".replace("e-0", "e-").strip()
     if which == "y":
         axes.annotate(
             text, (1, allowed), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=7, color=FAINT
