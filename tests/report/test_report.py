@@ -237,6 +237,20 @@ def test_ideal_memory_is_the_smallest_sp_divided(tmp_path):
     assert list(ideal.get_ydata()) == [peaks[0], peaks[0] / 4]
 
 
+def test_memory_and_time_stand_side_by_side_at_one_sp_and_length(tmp_path):
+    for stage in (0, 3):
+        write(tmp_path / str(stage), results(2, 1, stage))
+    found = runs.find([tmp_path])
+    canvas = pictures.costs(found)
+    assert canvas is not None
+    for axes, key, unit in zip(
+        canvas.axes, ("train.peak_memory_bytes.max", "train.step_time_s.median"), (2**20, 1), strict=True
+    ):
+        assert [bar.get_width() * unit for bar in axes.patches] == [run.figure(key) for run in found]
+    write(tmp_path / "other", results(4))
+    assert pictures.costs(runs.find([tmp_path])) is None
+
+
 def test_longest_sequence_is_drawn_by_sp_and_kept_out_of_comparisons(tmp_path):
     for sp, tokens in ((1, 1000), (2, 1900)):
         made = results(sp)

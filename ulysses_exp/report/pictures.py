@@ -88,6 +88,32 @@ def memory(runs: list[Run]) -> Figure | None:
     return canvas
 
 
+def costs(runs: list[Run]) -> Figure | None:
+    """Peak memory and step time side by side, a row a run, where neither sp nor the length is what differs."""
+    keys = ("train.peak_memory_bytes.max", "train.step_time_s.median")
+    measured = [run for run in _comparable(runs) if all(run.figure(key) for key in keys)]
+    if len(measured) < 2 or len({_sp(run) for run in measured}) > 1 or len({run.seq_len for run in measured}) > 1:
+        return None
+    canvas = figure(9.5, 1.1 + 0.34 * len(measured))
+    panels = canvas.subplots(1, 2, sharey=True)
+    rows = range(len(measured))
+    kinds = (
+        ("peak memory, worst rank (MiB)", 2**20, of_bytes),
+        ("seconds per optimizer step, median", 1.0, of_seconds),
+    )
+    for index, (axes, key, (label, unit, text)) in enumerate(zip(panels, keys, kinds, strict=True)):
+        sizes = [run.figure(key) / unit for run in measured]
+        axes.barh(rows, sizes, height=0.7, color=to_rgba(COLOURS[index], 0.85), hatch=HATCHES[index], edgecolor="white")
+        for row, size in zip(rows, sizes, strict=True):
+            axes.annotate(" " + text(size * unit), (size, row), va="center", fontsize=8)
+        axes.set_xlim(0, max(sizes) * 1.2)
+        axes.set_xlabel(label)
+        axes.grid(axis="y", visible=False)
+    panels[0].set_yticks(list(rows), labels(measured))
+    panels[0].invert_yaxis()
+    return canvas
+
+
 def longest(runs: list[Run]) -> Figure | None:
     """The longest sequence that trains against sp, beside the ideal: the smallest sp's times sp."""
     measured = [run for run in runs if run.layout and run.figure("train.max_seq_len")]
@@ -176,7 +202,7 @@ def evaluation(runs: list[Run]) -> Figure | None:
     left.set_xlabel("difference between bypass and sp (nats, logits)")
     left.set_yticks(list(rows), [label for label, _ in both])
     left.invert_yaxis()
-    left.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, borderaxespad=0.2)
+    left.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, borderaxespad=0.2)
     for offset, mode, colour, hatch in ((-0.19, "bypass", COLOURS[0], ""), (0.19, "sp", COLOURS[4], "///")):
         speeds = [run.figure(f"eval.{mode}.tokens_per_second") or 0 for _, run in both]
         right.barh([row + offset for row in rows], speeds, height=0.36, color=to_rgba(colour, 0.85), hatch=hatch,
@@ -334,7 +360,7 @@ def parity(runs: list[Run]) -> Figure | None:
     axes.set_yticks(range(len(compared)), [label for label, _ in compared])
     axes.invert_yaxis()
     axes.set_xlabel(f"largest relative difference to {compared[0][1].figure('parity.reference')}")
-    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, borderaxespad=0.2)
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=5, borderaxespad=0.2)
     return canvas
 
 
@@ -443,26 +469,15 @@ def _difference_axis(axes: Axes, which: str, allowed: float, others: dict[str, f
 
 
 def _limit(axes: Axes, which: str, allowed: float, of: str) -> None:
-    line = axes.axhline if which == "y" else axes.axvline
-    line(allowed, color=FAINT, linewidth=0.9, linestyle=(0, (4, 3)))
     text = f"{of} allowed {allowed:.0e}".replace("e-0", "e-").strip()
-    if which == "y":
-        axes.annotate(
-            text, (1, allowed), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=7, color=FAINT
-        )
-    else:
-        axes.annotate(
-            text,
-            (allowed, 0),
-            xycoords=("data", "axes fraction"),
-            xytext=(-2, 2),
-            textcoords="offset points",
-            rotation=90,
-            ha="right",
-            va="bottom",
-            fontsize=7,
-            color=FAINT,
-        )
+    dashes = (0, (1, 2)) if of else (0, (4, 3))
+    if which == "x":  # into the legend: beside the line it would lie over the markers
+        axes.axvline(allowed, color=FAINT, linewidth=0.9, linestyle=dashes, label=text)
+        return
+    axes.axhline(allowed, color=FAINT, linewidth=0.9, linestyle=dashes)
+    axes.annotate(
+        text, (1, allowed), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=7, color=FAINT
+    )
 
 
 _GRADES = (
@@ -509,6 +524,13 @@ _PICTURES: tuple[tuple[str, str, str, Callable[[list[Run]], Figure | None]], ...
         "The worst rank's peak; on CPU that of its whole process, some 300 MiB of imported libraries included. Dotted: "
         "what sharding everything perfectly over sp would give.",
         memory,
+    ),
+    (
+        "costs",
+        "Memory and time",
+        "At one sp and one length. Memory on CPU is that of the whole process, some 300 MiB of imported libraries "
+        "included; warm-up steps are left out of the time.",
+        costs,
     ),
     (
         "longest",
