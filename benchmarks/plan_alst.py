@@ -5,8 +5,9 @@
 Published: Arctic Long Sequence Training (arXiv 2506.13996), the feature ablation on 8 GPUs and the maxima on 1, 8 and
 32 GPUs. Settings, and what nvidia-smi showed at some lengths, from the recipes beside it (snowflakedb/ArcticTraining,
 projects/sequence-parallelism/run-h?00-*.yml): ZeRO 3, optimizer states in host memory, gradients reduced in bf16, micro
-batch 1, FlashAttention 2, every layer checkpointed; on 1 GPU the weights in host memory too. Nothing is fitted: a row
-that is off says by which component. Rows are recorded as they come, `--rows` makes some of them anew.
+batch 1, FlashAttention 2, every layer checkpointed; on 1 GPU the weights in host memory too; all but the baselines with
+Liger's kernels (plan_alst_kernels.py). Nothing is fitted: a row that is off says by which component. Rows are recorded
+as they come, `--rows` makes some of them anew.
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ import argparse
 import json
 import math
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
+from plan_alst_kernels import liger
 
 from ulysses_exp.config import Config, MemoryConfig, ModelConfig, OptimConfig
 from ulysses_exp.plan.forks import Forks, forks
@@ -119,7 +122,8 @@ def predict(row: Row, pool: Forks) -> dict[str, Any]:
     began = time.perf_counter()
     hardware = load(row.hardware)
     config = configuration(row)
-    planner = Planner(config, gpu=True, pool=pool, deepspeed=RECIPE)
+    kernels = liger if row.tiled_loss else nullcontext  # the baseline's model is transformers' own
+    planner = Planner(config, gpu=True, pool=pool, deepspeed=RECIPE, within=kernels)
     trace = planner.at(row.published)
     longest = planner.longest(256 * row.sp, hardware.budget, hardware.host_budget(row.gpus))
     phase = max(trace.device, key=trace.peak)

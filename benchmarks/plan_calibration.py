@@ -126,31 +126,45 @@ def rank(number: int, config: Config, folder: str) -> None:
         Path(folder, "measured.json").write_text(json.dumps(measured))
 
 
-def wait_for_gloo() -> None:
-    """Makes collectives return when gloo's threads have let go of their tensors.
+class Released:
+    """A collective that is over when gloo's threads have let go of its tensors.
 
-    A collective is over when its numbers are there; the thread that did the work drops its references a moment later,
-    and the profiler does not see what that thread frees. On a GPU there are no such threads.
+    It is over when its numbers are there; the thread that did the work drops its references a moment later, and the
+    profiler does not see what that thread frees. On a GPU there are no such threads.
     """
+
+    def __init__(self, collective: Any, args: tuple[Any, ...], kwargs: dict[str, Any]):
+        self.tensors = [a for a in (*args, *kwargs.values()) if hasattr(a, "_use_count")]
+        self.before = [t._use_count() for t in self.tensors]
+        self.work = collective(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.work, name)
+
+    def wait(self, *args: Any) -> Any:
+        done = None if self.work is None else self.work.wait(*args)
+        until = time.monotonic() + 0.1  # it takes microseconds
+        while time.monotonic() < until:
+            if all(t._use_count() <= n for t, n in zip(self.tensors, self.before, strict=True)):
+                break
+            time.sleep(1e-5)
+        self.tensors = []
+        return done
+
+
+def wait_for_gloo() -> None:
+    """Makes the collectives of this process `Released`."""
     import torch.distributed as dist
 
-    def waits(collective: Any) -> Any:
+    def released(collective: Any) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
-            tensors = [a for a in (*args, *kwargs.values()) if hasattr(a, "_use_count")]
-            before = [t._use_count() for t in tensors]
-            work = collective(*args, **kwargs)
-            if work is None:
-                until = time.monotonic() + 0.1  # a thread lets go within microseconds
-                while time.monotonic() < until and any(
-                    t._use_count() > n for t, n in zip(tensors, before, strict=True)
-                ):
-                    time.sleep(1e-5)
-            return work
+            handle = Released(collective, args, kwargs)
+            return handle if handle.work is not None else handle.wait()
 
         return call
 
     for name in ("all_to_all_single", "all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "broadcast"):
-        setattr(dist, name, waits(getattr(dist, name)))
+        setattr(dist, name, released(getattr(dist, name)))
 
 
 def peak_of(profiler: Any) -> int:

@@ -54,15 +54,15 @@ def look_at(config: Config) -> Model:
 class Planner:
     """Traces one configuration at whatever length is asked for, each length once."""
 
-    def __init__(self, config: Config, *, gpu: bool, pool: Forks, deepspeed: dict[str, Any] | None = None):
+    def __init__(self, config: Config, *, gpu: bool, pool: Forks, **request: Any):
         """Args:
         gpu: plan for a GPU; else for this machine's processors.
-        deepspeed: entries of DeepSpeed's configuration that differ from what training tells it.
+        request: fields of `trace.Request` that differ from their defaults in every trace.
 
         Raises:
             TraceError: transformers builds no such model.
         """
-        self.gpu, self.pool, self.deepspeed = gpu, pool, deepspeed or {}
+        self.gpu, self.pool, self.request = gpu, pool, request
         (self.model,) = pool.map(look_at, [config])
         self.config = traceable(config, self.model.architecture)
         self.depths = depths(self.config, self.model.layers, self.model.layer_parameters, self.model.period)
@@ -90,7 +90,7 @@ class Planner:
         return whole(self.pool.map(trace, requests), self.model.layers, self.config)
 
     def _request(self, config: Config, layers: int) -> Request:
-        return Request(config, layers, self.gpu, deepspeed=self.deepspeed)
+        return Request(config, layers, self.gpu, **self.request)
 
     def longest(self, step: int, device_bytes: int, host_bytes: float = math.inf) -> int:
         """The longest sequence, a multiple of `step` tokens, whose peak stays within both limits; 0 where none does.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
@@ -49,7 +49,8 @@ class Request:
     """What to trace: `config`, with `layers` decoder layers in place of its own, on a `gpu` or on this CPU.
 
     Many tiles are traced as four (`tiles`) unless `few_tiles` is False. `deepspeed` holds entries of DeepSpeed's
-    configuration that this project leaves at their defaults. `evaluation` traces the loss of one whole sequence on one
+    configuration that this project leaves at their defaults; `within` is entered around the model, for kernels that a
+    plan does not know. `evaluation` traces the loss of one whole sequence on one
     rank, sequence parallelism bypassed, in place of training. `memory_only` takes half the time and tells no
     collectives.
     """
@@ -61,6 +62,7 @@ class Request:
     evaluation: bool = False
     memory_only: bool = False
     deepspeed: dict[str, Any] = field(default_factory=dict)
+    within: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
 
 
 def trace(request: Request) -> Trace:
@@ -103,6 +105,7 @@ def trace(request: Request) -> Trace:
             stack.enter_context(tiles.few())
         if request.gpu:
             stack.enter_context(flash.instead_of_torchs())
+        stack.enter_context(request.within())
         stack.enter_context(planned_device.no_memory())
         ledger = stack.enter_context(Ledger({planned_device.NAME: CUDA_BLOCK}))
         counter = stack.enter_context(AllToAllCounter())
