@@ -5,9 +5,10 @@
 Published: Arctic Long Sequence Training (arXiv 2506.13996), the feature ablation on 8 GPUs and the maxima on 1, 8 and
 32 GPUs. Settings, and what nvidia-smi showed at some lengths, from the recipes beside it (snowflakedb/ArcticTraining,
 projects/sequence-parallelism/run-h?00-*.yml): ZeRO 3, optimizer states in host memory, gradients reduced in bf16, micro
-batch 1, FlashAttention 2, every layer checkpointed; on 1 GPU the weights in host memory too; all but the baselines with
-Liger's kernels (plan_alst_kernels.py). Nothing is fitted: a row that is off says by which component. Rows are recorded
-as they come, `--rows` makes some of them anew.
+batch 1, FlashAttention 2, every layer checkpointed; on 1 GPU the weights in host memory too. All but the baselines load
+Liger's kernels: planned with transformers' own modules, which is what this project trains, and with Liger's allocations
+(plan_alst_kernels.py). Nothing is fitted: a row that is off says by which component. Rows are recorded as they come,
+`--rows` makes some of them anew.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ class Row:
     seconds: int | None = None
     reported_gb: float | None = None  # of the GPU's memory in use at `published`, where a recipe says so
     hardware: str = "h100"
+    liger: bool = False  # with the kernels of the recipe, else with transformers' own modules
     tiled_loss: bool = True
     tiled_mlp: bool = False
     offload_activations: bool = False
@@ -87,6 +89,10 @@ REPORTED = (
 )  # fmt: skip
 
 
+#: All but the baselines, as this project does not run them: with the kernels that the recipes load.
+WITH_LIGER = tuple(replace(row, key=f"{row.key}-liger", liger=True) for row in (*ROWS, *REPORTED) if row.tiled_loss)
+
+
 def configuration(row: Row) -> Config:
     """`row` in this project's terms. Tile sizes are ALST's: an MLP tile has as many tokens as the model is wide
     (deepspeed/runtime/sequence_parallel/ulysses_sp.py, TiledMLP's recipe), the loss vocabulary / width tiles, as in
@@ -122,8 +128,7 @@ def predict(row: Row, pool: Forks) -> dict[str, Any]:
     began = time.perf_counter()
     hardware = load(row.hardware)
     config = configuration(row)
-    kernels = liger if row.tiled_loss else nullcontext  # the baseline's model is transformers' own
-    planner = Planner(config, gpu=True, pool=pool, deepspeed=RECIPE, within=kernels)
+    planner = Planner(config, gpu=True, pool=pool, deepspeed=RECIPE, within=liger if row.liger else nullcontext)
     trace = planner.at(row.published)
     longest = planner.longest(256 * row.sp, hardware.budget, hardware.host_budget(row.gpus))
     phase = max(trace.device, key=trace.peak)
@@ -147,17 +152,19 @@ def predict(row: Row, pool: Forks) -> dict[str, Any]:
     }
 
 
-def table(rows: list[dict[str, Any]]) -> list[str]:
+def table(rows: list[dict[str, Any]], with_liger: dict[str, dict[str, Any]]) -> list[str]:
     lines = [
-        "| setting | published | predicted | difference | peak at the published length | iteration: published | "
-        "predicted |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| setting | published | predicted | difference | peak at the published length | with Liger's kernels | "
+        "iteration: published | predicted |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for r in rows:
+        fused = with_liger.get(f"{r['key']}-liger")
         lines.append(
             f"| {r['what']} | {r['published']:,} | {r['predicted']:,} | {r['relative']:+.1%} | "
             f"{r['peak_bytes_at_published'] / GIB:.1f} of {r['budget_bytes'] / GIB:.1f} GiB | "
-            f"{r['seconds'] or ''} | {r['predicted_seconds']:,.0f} s |"
+            f"{'' if fused is None else format(fused['predicted'], ',')} | "
+            f"{'' if r['seconds'] is None else format(r['seconds'], ',') + ' s'} | {r['predicted_seconds']:,.0f} s |"
         )
     return lines
 
@@ -172,16 +179,19 @@ def components(rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def reported(rows: list[dict[str, Any]]) -> list[str]:
+def reported(rows: list[dict[str, Any]], with_liger: dict[str, dict[str, Any]]) -> list[str]:
     lines = [
-        "| setting | tokens | in use, GB: reported | predicted | difference |",
+        "| setting | tokens | in use, GB: reported | predicted | with Liger's kernels |",
         "| --- | ---: | ---: | ---: | ---: |",
     ]
+
+    def in_use(r: dict[str, Any] | None) -> str:
+        return "" if r is None else f"{(r['peak_bytes_at_published'] + r['reserved_bytes']) / 1e9:.1f}"
+
     for r in rows:
-        predicted = (r["peak_bytes_at_published"] + r["reserved_bytes"]) / 1e9
         lines.append(
-            f"| {r['what']} | {r['published']:,} | {r['reported_gb']:.1f} | {predicted:.1f} | "
-            f"{predicted / r['reported_gb'] - 1:+.1%} |"
+            f"| {r['what']} | {r['published']:,} | {r['reported_gb']:.1f} | {in_use(r)} | "
+            f"{in_use(with_liger.get(r['key'] + '-liger'))} |"
         )
     return lines
 
@@ -196,7 +206,7 @@ def written(results: dict[str, dict[str, Any]]) -> str:
         "Llama 3.1 8B, H100 80 GB, ZeRO 3, optimizer states in host memory, bf16, micro batch 1, FlashAttention 2;",
         "made by `python benchmarks/plan_alst.py`, which also says where the settings are from.",
         "",
-        *table(maxima),
+        *table(maxima, results),
         "",
         "## What fills the device at the published length, in GiB",
         "",
@@ -206,7 +216,7 @@ def written(results: dict[str, dict[str, Any]]) -> str:
         "",
         "As nvidia-smi shows it: with what the allocator keeps in reserve, the CUDA context and NCCL.",
         "",
-        *reported([results[r.key] for r in (*ROWS, *REPORTED) if r.key in results and r.reported_gb]),
+        *reported([results[r.key] for r in (*ROWS, *REPORTED) if r.key in results and r.reported_gb], results),
         "",
         *(notes.read_text().splitlines() if notes.is_file() else []),
     ]
@@ -215,7 +225,7 @@ def written(results: dict[str, dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    rows = {row.key: row for row in (*ROWS, *REPORTED)}
+    rows = {row.key: row for row in (*ROWS, *REPORTED, *WITH_LIGER)}
     parser.add_argument("--rows", nargs="*", choices=list(rows), default=list(rows), help="default: all")
     chosen = parser.parse_args().rows
     recorded = RESULTS / "plan_alst.json"
@@ -223,7 +233,7 @@ def main() -> None:
     with forks(Config()) as pool:
         for key in chosen:
             results[key] = predict(rows[key], pool)
-            print(table([results[key]])[-1], f"({results[key]['planning_seconds']:.0f} s)", flush=True)
+            print(table([results[key]], {})[-1], f"({results[key]['planning_seconds']:.0f} s)", flush=True)
             recorded.write_text(json.dumps(results, indent=1))
             (RESULTS / "plan_alst.md").write_text(written(results))
 

