@@ -18,6 +18,7 @@ from ulysses_exp.plan.trace import Trace
 _MEMORY_ASSUMPTIONS = (
     "tensors as DeepSpeed, transformers and this project allocate them on rank 0, found by running their code on "
     "tensors without memory; torch's allocator keeps no fragments (PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True)",
+    "every sequence is one document without padding",
     "attention allocates what FlashAttention 2 does; sp.attention is not asked",
     "hardware.reserved_gib of the device are taken by the CUDA context and NCCL",
 )
@@ -104,7 +105,7 @@ def _settings(config: Config) -> str:
         for name, tiles in (("MLP", memory.tiled_mlp), ("loss", memory.tiled_loss))
         if tiles
     ]
-    parts.append(f"{train.global_batch_size} sequences a step in {config.accumulation} micro steps")
+    parts.append(f"{train.micro_batch_size * config.dp.size} of {train.global_batch_size} sequences at a time")
     return ", ".join(parts)
 
 
