@@ -29,8 +29,12 @@ class ConfigError(Exception):
     """A configuration that cannot run: which key, what is wrong with it and what to set instead."""
 
     def __init__(self, key: str, problem: str, instead: str):
-        super().__init__(f"{key}: {problem}; {instead}")
+        super().__init__(key, problem, instead)  # the arguments again, so that it can be pickled
         self.key = key
+
+    def __str__(self) -> str:
+        key, problem, instead = self.args
+        return f"{key}: {problem}; {instead}"
 
 
 @dataclass
