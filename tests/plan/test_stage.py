@@ -6,10 +6,16 @@ import json
 import subprocess
 
 
-def test_a_plan_for_a_gpu_that_is_not_here(command, tmp_path):
+def test_a_gpu_that_is_not_here_and_a_model_of_which_only_the_configuration_is(command, tmp_path):
+    shape = {
+        "model_type": "qwen3", "vocab_size": 320, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 12,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+    }  # fmt: skip
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps(shape))
     done: subprocess.CompletedProcess[str] = command(
-        "stages=[plan]", "sp.size=4", "zero.stage=3", "memory=alst", "train.precision=bf16", "train.seq_len=65536",
-        "hydra.run.dir=run", cwd=tmp_path,
+        "stages=[plan]", "model=hub", "model.name_or_path=model", "sp.size=4", "zero.stage=3", "memory=alst",
+        "train.precision=bf16", "train.seq_len=65536", "train.global_batch_size=1", "hydra.run.dir=run", cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr + done.stdout
     for expected in ("65,536 tokens: fits", "H100", "all-to-all", "activations", "assumed:", "accuracy:"):
@@ -18,6 +24,8 @@ def test_a_plan_for_a_gpu_that_is_not_here(command, tmp_path):
     memory = dict(plan["peak_memory_bytes_per_rank"])
     assert memory.pop("total") == sum(memory.values())
     assert {"parameters", "gradients", "optimizer", "activations"} <= set(memory)
+    projections = 64 * 16 * (4 + 2 + 2) + 4 * 16 * 64 + 2 * 16
+    assert plan["parameters"] == 2 * 320 * 64 + 12 * (projections + 3 * 64 * 128 + 2 * 64) + 64
     assert plan["fits"] is True
     assert plan["max_seq_len"] > 65536
     assert plan["max_seq_len"] % 4 == 0
@@ -30,24 +38,6 @@ def test_an_unknown_machine_ends_before_anything_starts(command, tmp_path):
     assert done.returncode == 2
     assert done.stderr.strip() == "plan.hardware: 'h10' is not a choice; did you mean h100?"
     assert not (tmp_path / "run").exists()
-
-
-def test_a_model_of_which_only_the_configuration_is_there(command, tmp_path):
-    shape = {
-        "model_type": "qwen3", "vocab_size": 320, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 12,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
-    }  # fmt: skip
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "config.json").write_text(json.dumps(shape))
-    done = command(
-        "stages=[plan]", "model=hub", "model.name_or_path=model", "train.seq_len=4096", "plan.search=false",
-        "hydra.run.dir=run", "tracker.mode=disabled", cwd=tmp_path,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr + done.stdout
-    plan = json.loads((tmp_path / "run" / "results.json").read_text())["stages"]["plan"]
-    projections = 64 * 16 * (4 + 2 + 2) + 4 * 16 * 64 + 2 * 16
-    assert plan["parameters"] == 2 * 320 * 64 + 12 * (projections + 3 * 64 * 128 + 2 * 64) + 64
-    assert "max_seq_len" not in plan
 
 
 def test_auto_evaluation_asks_the_plan(command, tmp_path):
