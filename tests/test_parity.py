@@ -8,9 +8,9 @@ from checkout import ROOT
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import parity
 
-CELLS = [
-    (variant, parity.LAYOUTS[(5 * i + 3) % len(parity.LAYOUTS)]) for i, variant in enumerate(parity.VARIANTS)
-] + [("gqa", layout) for i, layout in enumerate(parity.LAYOUTS) if (i - 3) % 5 or (i - 3) // 5 >= len(parity.VARIANTS)]
+CELLS = [(variant, parity.LAYOUTS[(5 * i + 3) % len(parity.LAYOUTS)]) for i, variant in enumerate(parity.VARIANTS)] + [
+    ("gqa", layout) for i, layout in enumerate(parity.LAYOUTS) if (i - 3) % 5 or (i - 3) // 5 >= len(parity.VARIANTS)
+]
 
 
 @pytest.fixture(scope="module")
