@@ -15,8 +15,8 @@ def test_a_gpu_that_is_not_here_and_a_model_of_which_only_the_configuration_is(c
     (tmp_path / "model" / "config.json").write_text(json.dumps(shape))
     done: subprocess.CompletedProcess[str] = command(
         "stages=[plan]", "model=hub", "model.name_or_path=model", "sp.size=4", "zero.stage=3", "memory=alst",
-        "train.precision=bf16", "train.seq_len=65536", "train.global_batch_size=1", "plan.search=false", "hydra.run.dir=run",
-        cwd=tmp_path,
+        "train.precision=bf16", "train.seq_len=65536", "train.global_batch_size=1", "plan.search=false",
+        "hydra.run.dir=run", cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr + done.stdout
     for expected in ("65,536 tokens: fits", "H100", "all-to-all", "activations", "assumed:", "accuracy:"):
