@@ -19,12 +19,13 @@ from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "checkpoints")]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "tests" / "checkpoints")]
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from checkpoint_ranks import run  # noqa: E402
 from hydra import compose, initialize_config_dir  # noqa: E402
+from plan_calibration import peak_of, wait_for_gloo  # noqa: E402
 
 from ulysses_exp.cli import CONF  # noqa: E402
 from ulysses_exp.config import Config, resolve  # noqa: E402
@@ -46,16 +47,13 @@ def second_step(config: Config, folder: Path) -> tuple[int, float]:
     from ulysses_exp.training import optimizer_step
 
     os.environ["LOCAL_RANK"] = str(dist.get_rank())
+    wait_for_gloo()
     with open_session(Task("activations", config, (), folder), dist.get_rank()) as session:
         session.engine.train()
         optimizer_step(session, 0)
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
             loss = optimizer_step(session, 1).loss
-    live = peak = 0
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        live += event.nbytes()
-        peak = max(peak, live)
+    peak = peak_of(profile)
     worst = torch.tensor(peak)
     dist.all_reduce(worst, dist.ReduceOp.MAX)
     return int(worst), loss

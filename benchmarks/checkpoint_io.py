@@ -3,8 +3,9 @@
     flock /tmp/measure.lock python benchmarks/checkpoint_io.py [--hidden 640] [--repeats 5]
 
 For each layout, in turns: `checkpoints.save` on its ranks; `safetensors.torch.save_file` of the same tensors, portable
-and huggingface alike, by one process that has them all in memory, synced to disk, after which the last ones are removed; DeepSpeed's `save_checkpoint`, which
-syncs nothing. Then the loads. Writes benchmarks/results/checkpoint_io.{json,md}; times are medians.
+and huggingface alike, by one process that has them all in memory, synced to disk, after which the last ones are
+removed; DeepSpeed's `save_checkpoint`, which syncs nothing. Then the loads. Writes
+benchmarks/results/checkpoint_io.{json,md}; times are medians.
 """
 
 from __future__ import annotations
