@@ -5,12 +5,15 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 ARGS ?=
 
-.PHONY: run test setup lint bench
+.PHONY: run test test-long setup lint bench
 run: setup
 	@$(BIN)/python run.py $(ARGS)
 
 test: setup
 	@$(BIN)/python -m pytest
+
+test-long: setup
+	@$(BIN)/python -m pytest -m long
 
 lint: setup
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

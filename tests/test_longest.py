@@ -101,6 +101,7 @@ def test_a_search_that_cannot_run_is_refused(override, key):
     assert error.value.key == key
 
 
+@pytest.mark.long
 def test_two_ranks_train_longer_sequences_than_one(command, tmp_path):
     done = command(
         "experiment=max_seq_len", "sp.size=1,2", "zero.stage=0", "longest.memory_gib=0.0625", "longest.within=0.3",

@@ -134,7 +134,7 @@ def _registration(rank: int, case: str) -> None:
         ("unknown", "sp.attention=sage"),
         ("mismatch", "built with attention sdpa, not flex_attention"),
         ("layer_types", "layers of type chunked_attention"),
-        ("heads", "6 is not divisible by SP size 4"),
+        ("heads", "6 query heads do not divide over sp.size=4"),
         ("twice", "already registered in this process"),
     ],
 )

@@ -52,6 +52,7 @@ def test_ranks_submitted_by_submitit(losses, command, tmp_path):
     assert results(tmp_path)["stages"]["train"]["loss"] == pytest.approx(losses, rel=1e-7)
 
 
+@pytest.mark.long
 def test_jobs_submitted_by_hydra(losses, command, tmp_path):
     """hydra/launcher=submitit_slurm, with submitit's local executor in the place of Slurm: a process a job."""
     done = command(

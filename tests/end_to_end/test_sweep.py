@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import pytest
 from checkout import ROOT
 from descendants import alive, children, gone
 from omegaconf import OmegaConf
@@ -45,6 +46,7 @@ def test_every_job_runs_whatever_becomes_of_another_and_again_where_it_changed(c
     assert len(log.read_text().splitlines()) == 3
 
 
+@pytest.mark.long
 def test_optuna_gets_the_figure_that_it_asked_for(command, tmp_path):
     done = command(
         "-m", "hydra/sweeper=optuna", "hydra.sweeper.n_trials=2", "optim.lr=interval(1e-4,1e-2)",

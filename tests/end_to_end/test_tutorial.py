@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from checkout import ROOT
 
 TUTORIAL = ROOT / "docs" / "tutorial.md"
@@ -41,6 +42,7 @@ def run(command: str, folder: Path) -> list[str]:
     return done.stdout.splitlines()
 
 
+@pytest.mark.long
 def test_what_the_tutorial_shows_is_what_its_commands_print(tmp_path):
     shown = sessions(TUTORIAL.read_text())
     assert len(shown) >= 4

@@ -15,6 +15,7 @@ from plan_calibration import Cell, compared
 CELLS = [Cell("tiny_llama", 2, 0), Cell("tiny_llama_mqa", 4, 3)]
 
 
+@pytest.mark.long
 @pytest.mark.timeout(200)
 def test_bytes_are_exact_and_memory_is_within_five_percent():
     for row in compared(CELLS):

@@ -51,6 +51,7 @@ def test_few_tiles_tell_of_many(pool):
     assert few.peak() == pytest.approx(all_tiles.peak(), rel=0.01)
 
 
+@pytest.mark.long
 def test_the_longest_sequence_just_fits(pool):
     planner = Planner(configured(), gpu=True, pool=pool)
     budget = planner.at(4096).peak() * 3
@@ -69,6 +70,7 @@ def test_a_first_guess_for_a_search():
     assert guess % 2 == 0
 
 
+@pytest.mark.long
 def test_half_a_trace_tells_the_same_memory(pool):
     config = configured()
     config.train = replace(config.train, global_batch_size=4)

@@ -92,6 +92,9 @@ def ulysses(
     if exchange not in ("deepspeed", "fused"):
         raise ValueError(f"sp.exchange={exchange!r} is not a choice; set deepspeed or fused")
     _check_model(model, attention)
+    heads = model.config.get_text_config().num_attention_heads
+    if heads % sp:  # upstream says so only when some ranks are connected and others are still connecting
+        raise ValueError(f"{heads} query heads do not divide over sp.size={sp}")
     with ExitStack() as stack:
         stack.enter_context(upstream.sequence_parallel_state())
         stack.enter_context(upstream.kv_groups(model))
