@@ -1,5 +1,6 @@
 """The installed package holds what the checkout does, and runs from any folder."""
 
+import os
 import subprocess
 import sys
 import tomllib
@@ -29,12 +30,14 @@ def test_the_installed_command_works_without_the_checkout(tmp_path: Path):
     assert (site / "ulysses_exp" / "conf" / "model" / "tiny_llama.yaml").exists()
     ours = next(Path(p) for p in sys.path if p.endswith("site-packages"))
     (site / "dependencies.pth").write_text(f"import sys; sys.path.append({str(ours)!r})\n")
+    elsewhere = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}  # a launch in this process sets it
     done = subprocess.run(
         [str(python), "-c", "from ulysses_exp.cli import main; main()", "sp.size=3"],
-        capture_output=True, text=True, cwd=tmp_path,
+        capture_output=True, text=True, cwd=tmp_path, env=elsewhere,
     )  # fmt: skip
     assert done.returncode == 2 and "sp.size" in done.stderr, done.stderr
     asked = subprocess.run(
-        [str(python), "-c", "import ulysses_exp.cli as c; print(c.CONF)"], capture_output=True, text=True, cwd=tmp_path
-    )
+        [str(python), "-c", "import ulysses_exp.cli as c; print(c.CONF)"],
+        capture_output=True, text=True, cwd=tmp_path, env=elsewhere,
+    )  # fmt: skip
     assert asked.stdout.strip() == str(site / "ulysses_exp" / "conf")
