@@ -10,7 +10,7 @@ from ulysses_exp.launch.environment import remove_empty_cache
 from ulysses_exp.launch.orphans import OWNER, die_with_parent
 
 if OWNER in os.environ:
-    die_with_parent(int(os.environ[OWNER]))  # the forkserver with its job, also while it still imports
+    die_with_parent(int(os.environ.pop(OWNER)))  # the forkserver with its job, also while it still imports
 
 import deepspeed
 import deepspeed.module_inject.auto_ep_layer  # each engine imports it

@@ -381,12 +381,14 @@ def sync(paths: Iterable[Path]) -> int:
     if not runs:
         print("nothing to upload: every run below", *paths, "has been sent, or was not tracked")
         return 0
-    problem = unreachable(wandb.setup(wandb.Settings(silent=True)).settings.base_url, PROBE_S)
+    server = wandb.setup(wandb.Settings(silent=True)).settings.base_url
+    problem = unreachable(server, PROBE_S)
     if problem is not None:
         print(f"W&B is not reachable ({problem}); {len(runs)} run(s) wait on disk", file=sys.stderr)
         return 1
     with tempfile.TemporaryDirectory() as place:
-        environment = {**os.environ, **_support(Path(place))}
+        # the client would put its logs into ./wandb, and reads the server's address from the user's settings only
+        environment = {**os.environ, **_support(Path(place)), "WANDB_DIR": place, "WANDB_BASE_URL": server}
         return subprocess.run(
             [sys.executable, "-m", "wandb", "sync", "--include-online", *map(str, runs)], env=environment
         ).returncode
@@ -410,7 +412,9 @@ def browse(paths: Iterable[Path]) -> int:
         if not gathered.exists():
             print("no W&B run below", *map(str, paths), file=sys.stderr)
             return 1
-        return subprocess.run([sys.executable, "-m", "wandb", "leet", str(gathered)]).returncode
+        return subprocess.run(
+            [sys.executable, "-m", "wandb", "leet", str(gathered)], env={**os.environ, "WANDB_DIR": place}
+        ).returncode
 
 
 def main() -> int:

@@ -1,5 +1,7 @@
-"""Processes that a command has started, and whether they are gone."""
+"""Processes that a command has started, and whether they and their shared memory are gone."""
 
+import os
+import re
 import time
 from pathlib import Path
 
@@ -30,4 +32,27 @@ def gone(pids: list[int], seconds: float) -> bool:
         if time.monotonic() > end:
             return False
         time.sleep(0.05)
+    return True
+
+
+def left_in_shared_memory() -> set[str]:
+    """Files of /dev/shm that no living process has mapped; another test's processes may work beside this one's."""
+    mapped: set[str] = set()
+    files = set(os.listdir("/dev/shm"))
+    for maps in Path("/proc").glob("[0-9]*/maps"):
+        try:
+            mapped.update(re.findall(r" /dev/shm/(\S+)", maps.read_text()))
+        except OSError:
+            continue
+    return files - mapped
+
+
+def nothing_left(before: set[str], seconds: float = 5) -> bool:
+    """Whether all that `left_in_shared_memory` names was there `before`; the resource tracker of a process that ended
+    gets some time to remove its semaphores."""
+    end = time.monotonic() + seconds
+    while left_in_shared_memory() - before:
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.1)
     return True

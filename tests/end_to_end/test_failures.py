@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from checkout import ROOT, only_run
-from descendants import alive, children, gone
+from descendants import alive, children, gone, left_in_shared_memory, nothing_left
 
 
 class LongJob:
@@ -33,17 +33,14 @@ class LongJob:
 
 @pytest.fixture
 def long_job(tmp_path):
-    before = set(os.listdir("/dev/shm"))
+    before = left_in_shared_memory()
     job = LongJob(tmp_path)
     yield job
     for pid in [job.process.pid, *job.all]:
         if alive(pid):
             os.kill(pid, signal.SIGKILL)
     job.process.wait()
-    end = time.monotonic() + 5  # the resource tracker removes semaphores after their owners have ended
-    while (left := set(os.listdir("/dev/shm")) - before) and time.monotonic() < end:
-        time.sleep(0.1)
-    assert not left
+    assert nothing_left(before)
 
 
 def test_a_killed_rank_ends_the_job_and_is_named(long_job, tmp_path):

@@ -9,7 +9,7 @@ import time
 
 import pytest
 from checkout import ROOT
-from descendants import alive, children, gone
+from descendants import alive, children, gone, left_in_shared_memory, nothing_left
 from omegaconf import OmegaConf
 
 QUICK = ["stages=[train]", "train.steps=2", "train.seq_len=32", "train.unmeasured_steps=0", "device=cpu",
@@ -89,7 +89,7 @@ class RunningSweep:
 
 
 def test_a_sweep_goes_on_after_ctrl_c_and_after_sigkill(tmp_path):
-    shared_memory = set(os.listdir("/dev/shm"))
+    before = left_in_shared_memory()
     sweep = RunningSweep(tmp_path)
     started = sweep.send(signal.SIGINT)
     out, err = sweep.process.communicate(timeout=30)
@@ -111,7 +111,4 @@ def test_a_sweep_goes_on_after_ctrl_c_and_after_sigkill(tmp_path):
     assert sweep.process.returncode == 0, out + err
     assert list(statuses(tmp_path).values()) == ["ok"] * 3
     assert first in stamps(tmp_path).items(), "what was done is not run again"
-    end = time.monotonic() + 5  # the resource tracker removes semaphores after their owners have ended
-    while (left := set(os.listdir("/dev/shm")) - shared_memory) and time.monotonic() < end:
-        time.sleep(0.1)
-    assert not left and not any(map(alive, started))
+    assert nothing_left(before) and not any(map(alive, started))

@@ -137,9 +137,11 @@ def test_sync_of_a_sweep_sends_every_job(tmp_path):
     with WandbServer() as server:
         surroundings = environment(tmp_path) | {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": "a" * 40}
         command = [sys.executable, "-m", "ulysses_exp.tracking", "sync", str(tmp_path)]
-        done = subprocess.run(command, env=surroundings, capture_output=True, text=True, timeout=60)
+        (elsewhere := tmp_path / "elsewhere").mkdir()
+        done = subprocess.run(command, cwd=elsewhere, env=surroundings, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert len(server.runs) == 2
+    assert not list(elsewhere.iterdir()), "logs of the client"
     assert all(run["groupName"] == "ladder" for run in server.runs.values())
 
 

@@ -13,7 +13,6 @@ from datetime import timedelta
 
 from ulysses_exp.launch.environment import prepare
 from ulysses_exp.launch.failure import RankFailure, first_failure
-from ulysses_exp.launch.orphans import OWNER
 from ulysses_exp.launch.task import Task
 
 _IDLE = timedelta(days=7)  # ranks wait this long for the next task; they die with their launcher before
@@ -34,7 +33,6 @@ def _store(rank: int, world: int):
     from torch.distributed import rendezvous
 
     prepare("auto")
-    os.environ.pop(OWNER, None)  # these ranks belong to their launcher
     import ulysses_exp.preload  # noqa: F401  what ranks need, and the environment that it wants
 
     store, _, _ = next(rendezvous("env://", rank, world, timeout=_IDLE))

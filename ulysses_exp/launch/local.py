@@ -88,6 +88,7 @@ def warm_up(device: str) -> None:
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # nothing listens beyond this machine
     multiprocessing.set_forkserver_preload(["ulysses_exp.preload"])
     multiprocessing.forkserver.ensure_running()
+    del os.environ[OWNER]  # other programs that this process starts have forkservers of their own
 
 
 def _rank(task: Task, meeting: Path) -> None:
