@@ -27,6 +27,10 @@ from ulysses_exp.checkpoints.shards import Shard, Tensor
 #: Bytes moved in a round. Two of them can be in memory: one being received, one being written.
 PIECE_BYTES = 8 << 20
 
+#: Bytes of one pwrite. Measured on ext4, Linux 6.18: 8 MiB at a place that is no multiple of a page take four times as
+#: long as in calls of 1 MiB.
+_CALL_BYTES = 1 << 20
+
 
 @dataclass(frozen=True)
 class _Piece:
@@ -163,7 +167,7 @@ class _Files:
                 self._open[shard.file] = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
             rest = data.data
             while rest:
-                written = os.pwrite(self._open[shard.file], rest, position)
+                written = os.pwrite(self._open[shard.file], rest[:_CALL_BYTES], position)
                 rest, position = rest[written:], position + written
         except OSError as error:
             self._error = error
