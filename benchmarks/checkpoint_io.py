@@ -2,10 +2,10 @@
 
     flock /tmp/measure.lock python benchmarks/checkpoint_io.py [--hidden 640] [--repeats 5]
 
-For each layout, in turns: `checkpoints.save` on its ranks; `safetensors.torch.save_file` of the same tensors, portable
-and huggingface alike, by one process that has them all in memory, synced to disk, after which the last ones are
-removed; DeepSpeed's `save_checkpoint`, which syncs nothing. Then the loads. Writes
-benchmarks/results/checkpoint_io.{json,md}; times are medians.
+For each layout, in turns: `checkpoints.save` on its ranks; `checkpoints.begin`, for which training stands still;
+`safetensors.torch.save_file` of the same tensors, portable and huggingface alike, by one process that has them all in
+memory, synced to disk, after which the last ones are removed; DeepSpeed's `save_checkpoint`, which syncs nothing. Then
+the loads. Writes benchmarks/results/checkpoint_io.{json,md}; times are medians.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -43,15 +44,19 @@ def measure(folder: Path, layout: Layout, recipe: Recipe, repeats: int) -> dict[
     """Seconds of each way, in turns, and peak bytes; collective."""
     rank = dist.get_rank()
     times: dict[str, list[tuple[float, float]]] = {
-        k: [] for k in ("save", "safetensors", "deepspeed_save", "load", "deepspeed_load")
+        k: [] for k in ("save", "begin", "safetensors", "deepspeed_save", "load", "deepspeed_load")
     }
     with engine(layout, recipe) as made:
         steps(made, layout, 0, 1)
         target = folder / "checkpoints" / "step1"
         checkpoints.save(made, target, layout=layout, step=1, state={})  # warms the page cache's allocator
         tensors = {p: load_file(p) for p in sorted(target.rglob("*.safetensors"))} if rank == 0 else {}
+        begin = partial(checkpoints.begin, made, target, layout=layout, step=1, state={})
         for _ in range(repeats):
-            times["save"].append(_timed(lambda: checkpoints.save(made, target, layout=layout, step=1, state={})))
+            times["save"].append(_timed(lambda: begin().wait()))
+            begun: list[checkpoints.Saving] = []
+            times["begin"].append(_timed(lambda into=begun: into.append(begin())))
+            begun[0].wait()
             times["safetensors"].append(_timed(lambda: _write_alone(tensors, folder)))
             times["deepspeed_save"].append(_timed(lambda: made.save_checkpoint(str(folder / "deepspeed"), tag="step")))
         tensors.clear()
@@ -118,12 +123,13 @@ def main() -> int:
         "# What a checkpoint costs", "",
         f"`python benchmarks/checkpoint_io.py`: medians of {arguments.repeats}, in turns, {os.cpu_count()} cores, "
         "fp32, AdamW; ratio: median of the pairs', and of the fastest of each. `save` writes portable and huggingface, "
-        "computes all digests and syncs to disk; `safetensors` is one process that writes the same bytes from its "
+        "computes all digests and syncs to disk; training stands still for the time under `still`, the rest goes on in "
+        "the background; `safetensors` is one process that writes the same bytes from its "
         "memory, syncs them and removes those before; DeepSpeed's files are not synced.", "",
-        "| layout | MB | save, s | safetensors, s | ratio | of the fastest | processor time, s | "
+        "| layout | MB | save, s | still, s | safetensors, s | ratio | of the fastest | processor time, s | "
         "DeepSpeed save, s | load, s | "
         "DeepSpeed load, s |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]  # fmt: skip
     arguments.out.with_suffix(".md").write_text("\n".join([*head, *map(_line, rows)]) + "\n")
     return 0
@@ -136,8 +142,8 @@ def _line(row: dict[str, Any]) -> str:
     ratio = statistics.median(a / b for a, b in zip(clock["save"], clock["safetensors"], strict=True))
     fastest = min(clock["save"]) / min(clock["safetensors"])
     return (
-        f"| {row['layout']} | {row['bytes'] / 1e6:.0f} | {t['save']:.2f} | {t['safetensors']:.2f} | {ratio:.2f} | "
-        f"{fastest:.2f} | {busy['save']:.2f} : {busy['safetensors']:.2f} | {t['deepspeed_save']:.2f} | "
+        f"| {row['layout']} | {row['bytes'] / 1e6:.0f} | {t['save']:.2f} | {t['begin']:.2f} | {t['safetensors']:.2f} | "
+        f"{ratio:.2f} | {fastest:.2f} | {busy['save']:.2f} : {busy['safetensors']:.2f} | {t['deepspeed_save']:.2f} | "
         f"{t['load']:.2f} | {t['deepspeed_load']:.2f} |"
     )
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -175,3 +177,30 @@ def test_a_rank_that_cannot_write_is_an_error_on_all(zero: int, tmp_path: Path) 
     messages = run(2, save_on_a_full_disk, tmp_path, Layout(1, 2, zero))
     assert messages == [f"{tmp_path}/step2: cannot be written (File too large)"] * 2
     assert (tmp_path / "latest").read_text() == "step1" and not (tmp_path / "step2").exists()
+
+
+def train_while_a_disk_is_slow(folder: Path, layout: Layout) -> dict[str, Any]:
+    """Three steps while rank 1's bytes are not on disk yet; the checkpoint is of the step before them."""
+    slow, sync = threading.Event(), os.fsync
+    with engine(layout) as made:
+        steps(made, layout, 0, BEFORE)
+        if dist.get_rank() == 1:
+            os.fsync = lambda descriptor: (slow.wait(60), sync(descriptor))[1]
+        saving = checkpoints.begin(made, folder, layout=layout, step=BEFORE, state={})
+        after = steps(made, layout, BEFORE, AFTER)
+        there = folder.exists()
+        dist.barrier()
+        slow.set()
+        saved = saving.wait()
+        loaded = checkpoints.load(made, folder, layout=layout)
+        again = steps(made, layout, BEFORE, AFTER)
+    return {"early": there, "seconds": saved.seconds, "loaded": loaded, "after": after, "again": again}
+
+
+def test_training_goes_on_while_a_checkpoint_goes_to_disk(tmp_path: Path) -> None:
+    results = run(2, train_while_a_disk_is_slow, tmp_path / "step3", Layout(1, 2, 2))
+    for found in results:
+        assert not found["early"], "without rank 1's bytes there is no checkpoint"
+        assert found["loaded"].weights_bit_exact and found["loaded"].optimizer_bit_exact
+        assert found["after"] == found["again"]
+    assert results[0]["seconds"] > 0

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from ulysses_exp.checkpoints.huggingface import export_huggingface
     from ulysses_exp.checkpoints.loaded import Loaded
     from ulysses_exp.checkpoints.loading import load, source_layout
-    from ulysses_exp.checkpoints.saving import Saved, save
+    from ulysses_exp.checkpoints.saving import Saved, Saving, begin, save
 
 #: Where each name is defined. Imported at first use: huggingface_check runs where deepspeed cannot be imported.
 _HOME = {
@@ -39,11 +39,11 @@ _HOME = {
     "export_huggingface": "huggingface",
     "Loaded": "loaded",
     "load": "loading", "source_layout": "loading",
-    "Saved": "saving", "save": "saving",
+    "Saved": "saving", "Saving": "saving", "begin": "saving", "save": "saving",
 }  # fmt: skip
 
 __all__ = [
-    "CheckpointError", "Fingerprint", "Loaded", "Saved",
+    "CheckpointError", "Fingerprint", "Loaded", "Saved", "Saving", "begin",
     "export_huggingface", "fingerprint", "full_weights", "load", "save", "source_layout", "weights_identical",
 ]  # fmt: skip
 

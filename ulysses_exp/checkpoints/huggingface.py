@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,9 @@ import torch.distributed as dist
 
 from ulysses_exp.checkpoints.errors import written_together
 from ulysses_exp.checkpoints.homes import module_fragments
+from ulysses_exp.checkpoints.publish import sync_small
 from ulysses_exp.checkpoints.shards import Shard, plan
-from ulysses_exp.checkpoints.streaming import write
+from ulysses_exp.checkpoints.streaming import Files, write
 
 INDEX = "model.safetensors.index.json"
 
@@ -33,13 +33,23 @@ def export_huggingface(engine: deepspeed.DeepSpeedEngine, folder: Path, tokenize
         CheckpointError: on all ranks, where one of them cannot write.
     """
     folder = Path(folder)
+    files = Files(folder)
+    found = write_huggingface(engine, files, folder, tokenizer)
+    with written_together(folder):
+        files.sync()
+        if dist.get_rank() == 0:
+            sync_small(folder)
+    return found
+
+
+def write_huggingface(engine: deepspeed.DeepSpeedEngine, files: Files, folder: Path, tokenizer: Any) -> dict[str, str]:
+    """As `export_huggingface`, not yet synced to disk."""
     with written_together(folder):
         if dist.get_rank() == 0:
             folder.mkdir(parents=True, exist_ok=True)
     held = list(module_fragments(engine))
     shards = plan(held, [f.name for f in held], prefix="model")
-    with written_together(folder):
-        found = write(shards, held, folder)
+    found = write(shards, held, files)
     with written_together(folder):
         if dist.get_rank() == 0:
             _write_index(shards, folder)
@@ -56,7 +66,7 @@ def _write_index(shards: list[Shard], folder: Path) -> None:
     if len(shards) == 1:
         (folder / shards[0].file).rename(folder / "model.safetensors")
     else:
-        _write(folder / INDEX, json.dumps(index, indent=1))
+        (folder / INDEX).write_text(json.dumps(index, indent=1))
 
 
 def write_configuration(engine: deepspeed.DeepSpeedEngine, folder: Path, tokenizer: Any) -> None:
@@ -70,18 +80,3 @@ def write_configuration(engine: deepspeed.DeepSpeedEngine, folder: Path, tokeniz
         model.generation_config.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-    for path in folder.iterdir():
-        _sync(path)
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text)
-    _sync(path)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import re
 import stat
 from dataclasses import asdict, dataclass, field
@@ -44,13 +43,10 @@ class Manifest:
     versions: dict[str, str] = field(default_factory=dict)
 
     def write(self, folder: Path) -> None:
-        """Writes and syncs `folder`/manifest.json."""
+        """Writes `folder`/manifest.json."""
         content = {"format": _FORMAT, "version": _VERSION, **asdict(self)}
         content["sha256"] = _checksum(content)
-        with (folder / NAME).open("w") as file:
-            json.dump(content, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
+        (folder / NAME).write_text(json.dumps(content, indent=1))
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:

@@ -20,13 +20,12 @@ def begin(folder: Path) -> Path:
 
 
 def publish(temporary: Path, folder: Path, keep: int | None) -> None:
-    """Gives `temporary`, whose files are synced, its name, then moves `latest`, then removes what is too old.
+    """Gives `temporary`, whose safetensors files are synced, its name, moves `latest`, removes what is too old.
 
     Args:
         keep: how many `step<N>` folders stay, this one included; None keeps all.
     """
-    for path, _, _ in os.walk(temporary, topdown=False):
-        _sync(Path(path))
+    sync_small(temporary)
     if folder.exists():
         _exchange(temporary, folder)
         shutil.rmtree(temporary)
@@ -61,9 +60,17 @@ def _exchange(a: Path, b: Path) -> None:
     aside.rename(a)
 
 
-def _sync(folder: Path) -> None:
-    """Makes the names in `folder` last."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+def sync_small(folder: Path) -> None:
+    """Brings all below `folder` to disk, names too, except the safetensors files, which their writers sync."""
+    for path, _, files in os.walk(folder, topdown=False):
+        for file in files:
+            if not file.endswith(".safetensors"):
+                _sync(Path(path, file))
+        _sync(Path(path))
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

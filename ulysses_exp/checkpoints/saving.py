@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 import time
+import uuid
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -10,16 +12,17 @@ from typing import Any
 
 import deepspeed
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _get_default_store
 
 from ulysses_exp.checkpoints import manifest as manifests
 from ulysses_exp.checkpoints import publish
 from ulysses_exp.checkpoints.errors import written_together
 from ulysses_exp.checkpoints.fingerprints import from_digests, gather_scalars, names
 from ulysses_exp.checkpoints.homes import fragments
-from ulysses_exp.checkpoints.huggingface import export_huggingface
+from ulysses_exp.checkpoints.huggingface import write_huggingface
 from ulysses_exp.checkpoints.progress import engine_state
 from ulysses_exp.checkpoints.shards import plan
-from ulysses_exp.checkpoints.streaming import write
+from ulysses_exp.checkpoints.streaming import Files, write
 from ulysses_exp.layout import Layout
 
 
@@ -28,11 +31,16 @@ class Saved:
     """A checkpoint that is on disk."""
 
     folder: Path
-    seconds: float
+    seconds: float  # from the first byte to the moved `latest`
     bytes: int  # of the portable part
 
 
-def save(
+def save(engine: deepspeed.DeepSpeedEngine, folder: Path, **what: Any) -> Saved:
+    """Writes `folder`, complete or not at all, and waits until it is on disk. Collective; arguments as `begin`'s."""
+    return begin(engine, folder, **what).wait()
+
+
+def begin(
     engine: deepspeed.DeepSpeedEngine,
     folder: Path,
     *,
@@ -41,8 +49,11 @@ def save(
     state: dict[str, Any],
     keep: int | None = None,
     tokenizer: Any = None,
-) -> Saved:
-    """Writes `folder`, complete or not at all. Collective over the world.
+) -> Saving:
+    """Hands a checkpoint to the kernel; a thread brings it to disk and gives it its name while the engine goes on.
+
+    Collective over the world. No copy of the state is made, so no memory is taken: what returns from here is in the
+    page cache, and the engine may change what it holds.
 
     Args:
         folder: `<run>/checkpoints/step<N>`.
@@ -62,10 +73,10 @@ def save(
             (temporary / manifests.PORTABLE).mkdir()
     held = list(fragments(engine))
     shards = plan(held, names(engine))
-    with written_together(folder):
-        digests = write(shards, held, temporary / manifests.PORTABLE)
+    files = [Files(temporary / manifests.PORTABLE), Files(temporary / "huggingface")]
+    digests = write(shards, held, files[0])
     found = from_digests(digests, gather_scalars(engine))
-    module = export_huggingface(engine, temporary / "huggingface", tokenizer)
+    module = write_huggingface(engine, files[1], temporary / "huggingface", tokenizer)
     counters = engine_state(engine)
     with written_together(folder):
         if rank == 0:
@@ -82,6 +93,53 @@ def save(
                 state=state,
                 versions={name: version(name) for name in ("torch", "deepspeed", "transformers", "safetensors")},
             ).write(temporary)
-            publish.publish(temporary, folder, keep)
     size = sum(tensor.nbytes for shard in shards for tensor in shard.tensors)
-    return Saved(folder, time.perf_counter() - began, size)
+    return Saving(files, temporary, folder, keep, began, size)
+
+
+class Saving:
+    """A checkpoint on its way to disk. It counts once rank 0 has seen every rank's part there. Collective to make."""
+
+    def __init__(self, files: list[Files], temporary: Path, folder: Path, keep: int | None, began: float, size: int):
+        self._files, self._temporary, self._folder, self._keep = files, temporary, folder, keep
+        self._began, self._bytes = began, size
+        self._seconds = 0.0
+        self._error: OSError | None = None
+        name = [uuid.uuid4().hex]
+        dist.broadcast_object_list(name)
+        # the ranks meet at the store, not in a collective, which would get between those of the engine
+        self._store = dist.PrefixStore(f"checkpoint {name[0]}", _get_default_store())
+        self._thread = threading.Thread(target=self._finish, name=f"saves {folder.name}", daemon=True)
+        self._thread.start()
+
+    def wait(self) -> Saved:
+        """Returns when the checkpoint is on disk. Collective over the world.
+
+        Raises:
+            CheckpointError: on all ranks, where one of them could not write; what was there before is still there.
+        """
+        with written_together(self._folder):
+            self._thread.join()
+            if self._error is not None:
+                raise self._error
+        return Saved(self._folder, self._seconds, self._bytes)
+
+    def _finish(self) -> None:
+        rank, world = dist.get_rank(), dist.get_world_size()
+        try:
+            for files in self._files:
+                files.sync()
+        except OSError as error:
+            self._error = error
+        if rank:
+            self._store.set(str(rank), "failed" if self._error else "on disk")
+            return
+        others = [str(other) for other in range(1, world)]
+        while others and not self._store.check(others):
+            time.sleep(0.005)  # not `wait`, which would keep the store from the other threads
+        if self._error is None and all(self._store.get(other) == b"on disk" for other in others):
+            try:
+                publish.publish(self._temporary, self._folder, self._keep)
+            except OSError as error:
+                self._error = error
+        self._seconds = time.perf_counter() - self._began

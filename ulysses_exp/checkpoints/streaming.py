@@ -43,14 +43,13 @@ class _Piece:
     position: int
 
 
-def write(shards: list[Shard], fragments: list[Fragment], folder: Path) -> dict[tuple[str, str], str]:
-    """Writes the shards into `folder` and syncs them to disk. Collective over the world.
+def write(shards: list[Shard], fragments: list[Fragment], files: Files) -> dict[tuple[str, str], str]:
+    """Hands the shards to the kernel; `files.sync` brings them to disk. Collective over the world.
 
     Returns:
         For each (kind, name) the digest of the tensor, computed where its parts lie, before they were sent or written.
 
-    Raises:
-        OSError: this rank cannot write; raised at the end, for the other ranks wait for what it has to send.
+    What cannot be written is raised by `files.sync`, for the other ranks wait for what this one has to send.
     """
     rank, device = dist.get_rank(), communication_device()
     mine = {(f.kind, f.name): f for f in fragments}
@@ -59,7 +58,7 @@ def write(shards: list[Shard], fragments: list[Fragment], folder: Path) -> dict[
     beside = _on_this_machine()
     buffers: list[torch.Tensor] = []
     writing: list[Future[None]] = []
-    with ThreadPoolExecutor(1) as disk, _Files(folder) as files:
+    with ThreadPoolExecutor(1) as disk:
         for shard in shards:
             if shard.writer == rank:
                 writing.append(disk.submit(files.write, shard, np.frombuffer(shard.header(), np.uint8), 0))
@@ -146,16 +145,13 @@ def _pieces(shards: list[Shard], writer: int) -> Iterator[_Piece]:
             position += tensor.nbytes
 
 
-class _Files:
-    """The shards that this rank writes to. Closing syncs them to disk and raises the first error there has been."""
+class Files:
+    """The safetensors files of `folder` that this rank writes to."""
 
     def __init__(self, folder: Path):
         self._folder = folder
         self._open: dict[str, int] = {}
         self._error: OSError | None = None
-
-    def __enter__(self) -> _Files:
-        return self
 
     def write(self, shard: Shard, data: np.ndarray, position: int) -> None:
         """Does nothing after an error."""
@@ -172,14 +168,16 @@ class _Files:
         except OSError as error:
             self._error = error
 
-    def __exit__(self, kind: object, *_: object) -> None:
+    def sync(self) -> None:
+        """Waits until all is on disk and closes the files. Raises the first OSError that there has been."""
         for descriptor in self._open.values():
             try:
-                if kind is None and self._error is None:
+                if self._error is None:
                     os.fsync(descriptor)
             except OSError as error:
                 self._error = error
             finally:
                 os.close(descriptor)
-        if kind is None and self._error is not None:
+        self._open.clear()
+        if self._error is not None:
             raise self._error

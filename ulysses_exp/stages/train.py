@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,24 +34,28 @@ def train(session: Session) -> dict[str, Any]:
     peak = flops.peak_flops(session.describe()["device"], config.train.precision)
     steps: list[Step] = []
     pending = []  # steps of which the host knows nothing yet: asking for figures waits for the device
-    saved = first_finished = None
+    saving: checkpoints.Saving | None = None  # the newest checkpoint, perhaps still on its way to disk
+    first_finished = None
     profile = Profile(session)
     with profile:
         while session.step < config.train.steps:
             pending.append(make_step(session, session.step))
             session.step += 1
             profile.step()
-            saving = bool(config.checkpoint.every) and session.step % config.checkpoint.every == 0
-            if len(pending) == config.train.log_every or saving or session.step in (first + 1, config.train.steps):
+            due = bool(config.checkpoint.every) and session.step % config.checkpoint.every == 0
+            last = session.step == config.train.steps
+            if len(pending) == config.train.log_every or due or last or session.step == first + 1:
                 for step in figures(session, pending):
                     steps.append(step)
                     session.log(first + len(steps), metrics(session, step, work, peak))
                 pending.clear()
             first_finished = first_finished or time.time()
-            if saving:
-                saved = save(session)
-    if saved is None or saved.name != f"step{session.step}":
-        saved = save(session)
+            if due or last:
+                if saving is not None:
+                    saving.wait()
+                saving = save(session)
+    assert saving is not None
+    saved = saving.wait()
 
     unmeasured = config.train.unmeasured_steps + profile.steps
     seconds = throughput.step_time([s.seconds for s in steps], unmeasured)
@@ -83,7 +86,7 @@ def train(session: Session) -> dict[str, Any]:
             "all_to_all_calls_per_step": steps[-1].all_to_all_calls,
             "all_to_all_bytes_per_step": steps[-1].all_to_all_bytes,
         },
-        "checkpoint": str(saved.relative_to(session.task.folder)),
+        "checkpoint": str(saved.folder.relative_to(session.task.folder)),
         "weights_identical_across_ranks": checkpoints.weights_identical(session.engine, dist.group.WORLD),
     }
 
@@ -111,12 +114,12 @@ def metrics(session: Session, step: Step, work: flops.StepFlops, peak: float | N
     return line
 
 
-def save(session: Session) -> Path:
-    """Writes `checkpoints/step<N>` of the run folder. Collective."""
+def save(session: Session) -> checkpoints.Saving:
+    """Begins to write `checkpoints/step<N>` of the run folder. Collective."""
     folder = session.task.folder / "checkpoints" / f"step{session.step}"
     config = session.config
     state = {"seed": config.seed, "model": session.model, "data_sha256": session.corpus.sha256}
-    checkpoints.save(
+    return checkpoints.begin(
         session.engine,
         folder,
         layout=session.layout,
@@ -125,7 +128,6 @@ def save(session: Session) -> Path:
         keep=config.checkpoint.keep,
         tokenizer=session.corpus.tokenizer,
     )
-    return folder
 
 
 PROFILED_STEPS = 2
