@@ -142,3 +142,18 @@ def test_gpus_that_are_not_there(monkeypatch):
     monkeypatch.setattr("ulysses_exp.config.accelerators", lambda: 2)
     with pytest.raises(ConfigError, match=r"sp\.size: .*needs 4 GPUs, 2 are present"):
         composed("sp.size=4", "device=cuda")
+
+
+def test_compiling_without_a_compiler_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ConfigError, match="C\\+\\+ compiler"):
+        composed("train.compile=true", "device=cpu")
+
+
+def test_the_reference_of_parity_is_one_process_without_savers_that_compute_otherwise():
+    config = composed("sp.size=4", "zero.stage=2", "memory=alst", "train.compile=true", "device=cpu")
+    reference = config.reference()
+    assert reference.layout.name == "sp1-dp1-z0" and not reference.train.compile
+    assert not reference.memory.tiled_loss and not reference.memory.tiled_mlp
+    assert reference.memory.checkpointing == config.memory.checkpointing
+    assert reference.train.global_batch_size == config.train.global_batch_size

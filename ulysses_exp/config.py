@@ -11,6 +11,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
@@ -107,6 +108,7 @@ class TrainConfig:
     precision: str = "fp32"
     unmeasured_steps: int = 3  # first steps left out of medians: allocators and caches warm up
     log_every: int = 1  # steps between two looks at the device's figures; their times are means over the interval
+    compile: bool = False  # torch.compile each decoder layer around its attention; on CPU the first step takes a minute
     profile: bool = False  # torch profiler trace of two steps, and where their time goes
 
 
@@ -217,6 +219,15 @@ class Config:
     @property
     def layout(self) -> Layout:
         return Layout(self.sp.size, self.dp.size, self.zero.stage)
+
+    def reference(self) -> Config:
+        """The same experiment in the single process that layouts are compared with: transformers' own forward, without
+        tiles and compiler. Recomputation stays, which changes no number and may be needed for want of memory."""
+        return replace(
+            self.at(Layout.parse(self.parity.reference)),
+            memory=replace(self.memory, tiled_mlp=0, tiled_loss=0),
+            train=replace(self.train, compile=False),
+        )
 
     def at(self, layout: Layout) -> Config:
         """The same experiment in another layout."""
@@ -457,6 +468,8 @@ def check(config: Config) -> None:
         _at_least(key, value, least)
     if c.train.profile and c.train.steps < 3:
         raise ConfigError("train.profile", f"needs 3 steps, not {c.train.steps}", "set train.steps=3")
+    if c.train.compile and device_of(c) == "cpu" and not any(map(shutil.which, ("g++", "c++", "clang++"))):
+        raise ConfigError("train.compile", "needs a C++ compiler on CPU", "install g++, or set train.compile=false")
     _check_longest(c)
     if c.optim.name == "adamw" and c.optim.momentum:
         raise ConfigError("optim.momentum", "AdamW has betas instead", "set optim.beta1, or optim=sgd")

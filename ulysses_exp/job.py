@@ -252,10 +252,9 @@ class Job:
         from ulysses_exp.stages import parity
 
         tasks = []
-        one = Layout.parse(self.config.parity.reference)
-        for name, layout in (("parity-reference", one), ("parity-layout", self.config.layout)):
-            note(f"{name.replace('-', ' ')}: {layout}")
-            tasks.append(Task(name, self.config.at(layout), ("trajectory",), self.folder))
+        for name, config in (("parity-reference", self.config.reference()), ("parity-layout", self.config)):
+            note(f"{name.replace('-', ' ')}: {config.layout}")
+            tasks.append(Task(name, config, ("trajectory",), self.folder))
             self._do(tasks[-1])
         reference, ours = (task.results for task in tasks)
         self.results["stages"]["parity"] = parity.compare(

@@ -15,6 +15,7 @@ import torch
 from ulysses_exp import checkpoints, models, training
 from ulysses_exp import memory as memory_savers
 from ulysses_exp.attention import Ulysses, ulysses
+from ulysses_exp.compiled import compile_layers
 from ulysses_exp.config import Config, device_of
 from ulysses_exp.data import Batches, Corpus, load_corpus
 from ulysses_exp.launch.task import Task
@@ -88,6 +89,8 @@ def open_session(task: Task, rank: int) -> Iterator[Session]:
         description = models.describe(config, model.config, sum(p.numel() for p in model.parameters()))
         corpus = load_corpus(config, model.config.get_text_config().vocab_size)
         memory_savers.apply(model, config.memory)
+        if config.train.compile:
+            compile_layers(model, task.folder / "compiled")
         attention = stack.enter_context(
             ulysses(
                 model,

@@ -66,6 +66,7 @@ class Patched:
 
     # -- the attention function
 
+    @torch.compiler.disable  # collectives and the bookkeeping of forwards stay outside a compiled layer
     def attention(
         self,
         module: torch.nn.Module,
