@@ -69,11 +69,11 @@ def test_a_source_that_was_trained_again_is_another_one(config, tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "axes", "name"),
     [
-        ("sp.size=2,zero.stage=3", {"sp.size", "zero.stage"}, "sp.size=2,zero.stage=3"),
-        ("sp.size=2,stages=[train,eval],train.steps=3", {"sp.size"}, "sp.size=2"),
-        ("memory=alst,stages=[train,eval]", {"stages", "memory"}, "memory=alst,stages=_train,eval"),
-        ("+sp.size=2", {"sp.size"}, "+sp.size=2"),
-        ("train.steps=3", set(), "7"),
+        (["zero.stage=3", "sp.size=2"], {"sp.size", "zero.stage"}, "sp.size=2,zero.stage=3"),
+        (["sp.size=2", "stages=[train,eval]", "train.steps=3"], {"sp.size"}, "sp.size=2"),
+        (["memory=alst", "stages=[train,eval]"], {"stages", "memory"}, "memory=alst,stages=_train,eval"),
+        (["+sp.size=2"], {"sp.size"}, "+sp.size=2"),
+        (["train.steps=3"], set(), "7"),
     ],
 )
 def test_a_job_is_called_by_what_the_sweep_varies(overrides, axes, name):
@@ -81,11 +81,11 @@ def test_a_job_is_called_by_what_the_sweep_varies(overrides, axes, name):
 
 
 def test_names_that_are_cut_stay_different():
-    folders = [f"checkpoint.source='/data/{sweep}/sp.size=2',stages=[eval]" for sweep in ("a", "b")]
-    names = [job_name(overrides, 0, {"checkpoint.source"}) for overrides in folders]
-    assert len(set(names)) == 2
-    assert all(name.startswith("checkpoint.source=sp.size=2-") for name in names)
-    long = [job_name(f"model.name_or_path={'x' * 200}{i}", 0, {"model.name_or_path"}) for i in range(2)]
+    folders = [f"/data/{sweep}/sp.size=2,zero.stage={zero}" for sweep in ("a", "b") for zero in (1, 3)]
+    names = [job_name([f"checkpoint.source='{f}'", "stages=[eval]"], 0, {"checkpoint.source"}) for f in folders]
+    assert len(set(names)) == 4
+    assert all(name.startswith("checkpoint.source=sp.size=2,zero.stage=") for name in names)
+    long = [job_name([f"model.name_or_path={'x' * 200}{i}"], 0, {"model.name_or_path"}) for i in range(2)]
     assert len(set(long)) == 2 and max(map(len, long)) <= 110
 
 

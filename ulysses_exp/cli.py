@@ -78,7 +78,7 @@ def _register_resolvers(axes: Collection[str]) -> None:
     now = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     OmegaConf.register_new_resolver("sweep_folder", lambda name: name or now, replace=True)
 
-    def job_folder(overrides: str, number: int) -> str:
+    def job_folder(overrides: list[str], number: int) -> str:
         return job_name(overrides, number, axes)
 
     OmegaConf.register_new_resolver("job_folder", job_folder, replace=True)

@@ -12,7 +12,7 @@ import shutil
 import statistics
 import time
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,18 +52,18 @@ def finished(config: Config, folder: Path) -> bool:
     return config.sweep.rerun == "failed" or earlier.get("fingerprint") == fingerprint(config)
 
 
-def job_name(overrides: str, number: int, axes: Collection[str]) -> str:
+def job_name(overrides: Iterable[str], number: int, axes: Collection[str]) -> str:
     """The folder of a job: what the sweep varies, e.g. `sp.size=2,zero.stage=3`.
 
     What all jobs share is no part of it, so a sweep that is called again with another `train.steps` finds its jobs
     changed and runs them again in their places.
 
     Args:
-        overrides: Hydra's `override_dirname`.
+        overrides: of the job, e.g. `sp.size=2`, in any order.
         number: of the job, its name where nothing is varied.
         axes: keys that the sweep varies.
     """
-    parts = [p for p in re.split(r",(?=[\w./+~@-]+=)", overrides) if p.partition("=")[0].lstrip("+~") in axes]
+    parts = sorted(part for part in overrides if part.partition("=")[0].lstrip("+~") in axes)
     whole = ",".join(parts)
     short = ",".join(re.sub(r"=.*/", "=", part.rstrip("/'")) for part in parts)[:100]  # of a path its last folder
     name = re.sub(r"[^\w.=,+-]+", "_", short).strip("_,") or str(number)
