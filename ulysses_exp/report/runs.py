@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from ulysses_exp.layout import Layout
 
 #: Folders of a run that hold no further run
-_INSIDE_A_RUN = {".hydra", "checkpoints", "ranks", "wandb", "profile"}
+_INSIDE_A_RUN = {".hydra", "checkpoints", "ranks", "wandb", "profile", "compiled"}
 
 #: Settings that may differ between two runs whose losses must be the same
 _NOT_PART_OF_THE_LOSS = (
