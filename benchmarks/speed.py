@@ -27,7 +27,12 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 PEERS = {"recipe": "deepspeed_recipe.py", "accelerate": "accelerate_sp.py"}
-STEPS, UNMEASURED = 8, 2
+UNMEASURED = 2
+
+
+def steps_at(length: int) -> int:
+    """Optimizer steps of a run: about ten seconds of them, at least six."""
+    return max(6, min(30, 20_000 // length))
 
 
 def overrides(length: int, layout: str) -> list[str]:
@@ -36,7 +41,7 @@ def overrides(length: int, layout: str) -> list[str]:
 
     at = Layout.parse(layout)
     return [f"sp.size={at.sp}", f"dp.size={at.dp}", f"zero.stage={at.zero}", f"train.seq_len={length}",
-            f"train.steps={STEPS}", "train.global_batch_size=1", "optim.weight_decay=0", "optim.beta2=0.999",
+            f"train.steps={steps_at(length)}", "train.global_batch_size=1", "optim.weight_decay=0", "optim.beta2=0.999",
             "optim.grad_clip=0", "stages=[train]", "device=cpu", "tracker.mode=disabled",
             f"train.unmeasured_steps={UNMEASURED}"]  # fmt: skip
 
@@ -56,13 +61,13 @@ def peer_job(length: int, layout: str, folder: Path) -> dict[str, Any]:
     model = models.build(config)
     model.save_pretrained(folder / "weights")
     corpus = load_corpus(config, model.config.vocab_size)
-    drawn = [draw(config, corpus, "train", step) for step in range(STEPS)]
+    drawn = [draw(config, corpus, "train", step) for step in range(steps_at(length))]
     tokens = np.stack([np.append(s.input_ids, s.labels[-1]) for s in drawn])[:, None]
     np.save(folder / "tokens.npy", tokens)
     at = config.layout
     return {"architecture": config.model.architecture, "weights": str(folder / "weights"),
             "tokens": str(folder / "tokens.npy"), "sp": at.sp, "dp": at.dp, "zero": at.zero, "lr": config.optim.lr,
-            "optimizer": "adamw", "grad_clip": 0, "steps": STEPS, "precision": "fp32"}  # fmt: skip
+            "optimizer": "adamw", "grad_clip": 0, "steps": steps_at(length), "precision": "fp32"}  # fmt: skip
 
 
 def environment() -> dict[str, str]:
@@ -149,15 +154,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     arguments = parser.parse_args()
     rows = []
-    for length in map(int, arguments.lengths.split(",")):
+    lengths = [int(length) for length in arguments.lengths.split(",")]
+    for length in lengths:
         rows.append(measure(length, arguments.layout, arguments.rounds))
         print(json.dumps(rows[-1]), flush=True)
     from importlib.metadata import version
 
     names = ("torch", "deepspeed", "transformers", "accelerate")
     report = {"machine": f"{platform.machine()}, {os.cpu_count()} cores, CPU, gloo",
-              "versions": {name: version(name) for name in names}, "steps": STEPS, "rounds": arguments.rounds,
-              "rows": rows}  # fmt: skip
+              "versions": {name: version(name) for name in names}, "steps": {length: steps_at(length) for length in lengths},
+              "rounds": arguments.rounds, "rows": rows}  # fmt: skip
     (arguments.out / "speed.json").write_text(json.dumps(report, indent=1))
     (arguments.out / "speed.md").write_text(markdown(report))
 
@@ -165,7 +171,8 @@ def main() -> None:
 def markdown(report: dict[str, Any]) -> str:
     """A row a length and program."""
     lines = ["# Step time beside its peers", "", f"{report['machine']}; {report['versions']}. Median of "
-             f"{report['rounds']} rounds in turn, {report['steps']} steps of one sequence, the first {UNMEASURED} not"
+             f"{report['rounds']} rounds in turn; steps of one sequence a run: "
+             f"{', '.join(f'{n} at {length}' for length, n in report['steps'].items())}, the first {UNMEASURED} not"
              " measured; tiny_llama (4 layers, hidden 128, 8 query and 4 KV heads), AdamW, fp32. To first step: "
              "from the command; warm: of a sweep's later jobs.", "",
              "| tokens | layout | program | step | ours / this (range) | to first step | worst rank's VmHWM | loss"
