@@ -162,7 +162,8 @@ def main() -> None:
 
     names = ("torch", "deepspeed", "transformers", "accelerate")
     report = {"machine": f"{platform.machine()}, {os.cpu_count()} cores, CPU, gloo",
-              "versions": {name: version(name) for name in names}, "steps": {length: steps_at(length) for length in lengths},
+              "versions": {name: version(name) for name in names},
+              "steps": {length: steps_at(length) for length in lengths},
               "rounds": arguments.rounds, "rows": rows}  # fmt: skip
     (arguments.out / "speed.json").write_text(json.dumps(report, indent=1))
     (arguments.out / "speed.md").write_text(markdown(report))
