@@ -190,7 +190,11 @@ def markdown(report: dict[str, Any]) -> str:
                 f"({ratio['min']:.2f} to {ratio['max']:.2f}) | {start} | "
                 f"{cell['peak_memory_bytes'] / 2**20:.0f} MiB | {cell['max_rel_loss_diff']:.1e} |"
             )
-    return "\n".join(lines) + "\n\nArcticTraining: not run, it needs transformers < 5 and CUDA.\n"
+    return "\n".join(lines) + (
+        "\n\nWhat the losses differ by grows with the steps: the peers' gradients are sp times too large "
+        "(docs/findings.md, 1), of which AdamW hides all but what its epsilon lets through. Ours are the single "
+        "process's (parity.md).\n\nArcticTraining: not run, it needs transformers < 5 and CUDA.\n"
+    )
 
 
 if __name__ == "__main__":
