@@ -120,6 +120,7 @@ for announced in (None, packed.position_ids):
 """
 
 
+@pytest.mark.long
 def test_a_fake_trace_plans_without_values(tmp_path) -> None:
     import os
     import subprocess

@@ -63,7 +63,7 @@ def test_ranks_do_not_outlive_a_killed_parent(long_job, tmp_path):
     assert all("train/loss" in json.loads(line) for line in lines[:-1])
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("sent", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.long)])
 def test_a_stopped_job_says_so(long_job, tmp_path, sent):
     os.kill(long_job.process.pid, sent)
     out, err = long_job.process.communicate(timeout=30)

@@ -13,7 +13,7 @@ QUICK = ["stages=[train]", "train.seq_len=64", "tracker.mode=disabled", "device=
     ("layout", "tolerance"),
     [
         ([], 0.0),
-        (["sp.size=1", "dp.size=2", "zero.stage=1"], 1e-6),
+        pytest.param(["sp.size=1", "dp.size=2", "zero.stage=1"], 1e-6, marks=pytest.mark.long),
     ],
     ids=["same layout", "other layout"],
 )

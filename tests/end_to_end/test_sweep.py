@@ -88,6 +88,7 @@ class RunningSweep:
         return bool(logs) and logs[0].stat().st_mtime > self.began and logs[0].stat().st_size > 0
 
 
+@pytest.mark.long
 def test_a_sweep_goes_on_after_ctrl_c_and_after_sigkill(tmp_path):
     before = left_in_shared_memory()
     sweep = RunningSweep(tmp_path)

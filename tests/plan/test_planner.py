@@ -33,6 +33,7 @@ def pool():
         yield pool
 
 
+@pytest.mark.long
 def test_two_depths_tell_the_whole(pool):
     config = configured(num_hidden_layers=6)
     planner = Planner(config, gpu=True, pool=pool)
