@@ -36,8 +36,7 @@ ADDED = {
     "tiled_mlp": "+ MLP in tiles",
     "alst": "+ layers' inputs in host memory",
 }
-# ZeRO 1 and 2 reserve a bucket of 2 GB that a small model never touches, but that a limit on memory counts
-LAYOUT = ["sp.size=2", "zero.stage=0", "data=synthetic", "device=cpu", "tracker.mode=disabled"]
+LAYOUT = ["sp.size=2", "zero.stage=3", "data=synthetic", "device=cpu", "tracker.mode=disabled"]
 
 
 def sweep(folder: Path, name: str, overrides: list[str]) -> dict[str, dict[str, Any]]:

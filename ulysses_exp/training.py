@@ -10,6 +10,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.utils.z3_leaf_module import set_z3_leaf_module
 from transformers import PreTrainedModel, get_scheduler
 
@@ -22,9 +23,14 @@ if TYPE_CHECKING:
     from ulysses_exp.session import Session
 
 
-def deepspeed_config(config: Config) -> dict[str, Any]:
-    """What `deepspeed.initialize` is told."""
-    zero: dict[str, Any] = {"stage": config.zero.stage}
+def deepspeed_config(config: Config, parameters: int) -> dict[str, Any]:
+    """What `deepspeed.initialize` is told about a model of so many `parameters`.
+
+    Gradients are reduced in buckets. DeepSpeed takes 2 GB for one (in fp32; its default of 5e8 elements) whatever the
+    model; here a bucket is no larger than all gradients, and the reductions stay the same.
+    """
+    bucket = min(parameters, DeepSpeedZeroConfig.model_fields["reduce_bucket_size"].default)
+    zero: dict[str, Any] = {"stage": config.zero.stage, "reduce_bucket_size": bucket}
     if config.zero.stage == 3:
         zero["stage3_param_persistence_threshold"] = config.zero.param_persistence_threshold
     if config.zero.offload_optimizer:
@@ -61,8 +67,9 @@ def build_engine(config: Config, model: PreTrainedModel, mpu: Any) -> deepspeed.
     schedule = get_scheduler(config.optim.schedule, steps, config.optim.warmup_steps, config.train.steps)
     if config.zero.stage == 3:
         _hook_small_layers_once(model, config.zero.param_persistence_threshold)
+    parameters = sum(p.numel() for p in model.parameters())
     engine, *_ = deepspeed.initialize(
-        model=model, optimizer=steps, lr_scheduler=schedule, config=deepspeed_config(config), mpu=mpu
+        model=model, optimizer=steps, lr_scheduler=schedule, config=deepspeed_config(config, parameters), mpu=mpu
     )
     if isinstance(engine.optimizer, FP16_UnfusedOptimizer):
         _undo_first_step(engine.optimizer)

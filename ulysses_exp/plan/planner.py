@@ -22,6 +22,7 @@ class Model:
 
     architecture: dict[str, Any]  # model_type and the arguments of its transformers configuration
     layers: int
+    parameters: int  # tied ones once
     layer_parameters: int
     period: int  # layers after which their types repeat
 
@@ -46,6 +47,7 @@ def look_at(config: Config) -> Model:
     return Model(
         architecture=config.model.architecture or text.to_dict(),
         layers=text.num_hidden_layers,
+        parameters=sum(p.numel() for p in model.parameters()),
         layer_parameters=max(sizes, default=1),
         period=period,
     )
@@ -90,7 +92,7 @@ class Planner:
         return whole(self.pool.map(trace, requests), self.model.layers, self.config)
 
     def _request(self, config: Config, layers: int) -> Request:
-        return Request(config, layers, self.gpu, **self.request)
+        return Request(config, layers, self.gpu, self.model.parameters, **self.request)
 
     def longest(self, step: int, device_bytes: int, host_bytes: float = math.inf) -> int:
         """The longest sequence, a multiple of `step` tokens, whose peak stays within both limits; 0 where none does.

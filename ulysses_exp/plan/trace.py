@@ -48,7 +48,7 @@ class Trace:
 class Request:
     """What to trace: `config`, with `layers` decoder layers in place of its own, on a `gpu` or on this CPU.
 
-    Many tiles are traced as four (`tiles`) unless `few_tiles` is False. `deepspeed` holds entries of DeepSpeed's
+    `parameters` are those of the whole model, which decide on buffers; left out, those of the layers traced. Many tiles are traced as four (`tiles`) unless `few_tiles` is False. `deepspeed` holds entries of DeepSpeed's
     configuration that this project leaves at their defaults; `within` is entered around the model, for kernels that a
     plan does not know. `evaluation` traces the loss of one whole sequence on one
     rank, sequence parallelism bypassed, in place of training. `memory_only` takes half the time and tells no
@@ -58,6 +58,7 @@ class Request:
     config: Config
     layers: int
     gpu: bool
+    parameters: int | None = None
     few_tiles: bool = True
     evaluation: bool = False
     memory_only: bool = False
@@ -122,8 +123,8 @@ def trace(request: Request) -> Trace:
                 micro_batch_size=config.train.micro_batch_size,
             )
         )
-        told = training.deepspeed_config(config) | request.deepspeed
-        with patch.object(training, "deepspeed_config", lambda config: told):
+        told = training.deepspeed_config(config, request.parameters or whole) | request.deepspeed
+        with patch.object(training, "deepspeed_config", lambda *_: told):
             engine = training.build_engine(config, model, handle.mpu)
         stack.callback(engine.destroy)
         engine.train()
