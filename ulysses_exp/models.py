@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from ulysses_exp.config import Config, ConfigError
 
@@ -21,27 +24,48 @@ def pretrained_config(config: Config) -> PretrainedConfig:
         raise ConfigError("model.name_or_path", problem, "set a local folder or a hub name") from error
 
 
-def build(config: Config, seed: int | None = None) -> PreTrainedModel:
-    """The model in fp32 (the masters of bf16 are made of it), the same weights on every rank.
+def build(config: Config, seed: int | None = None, rank: int = 0) -> PreTrainedModel:
+    """The model in host memory, its parameters in the type that it trains in; on rank 0 with its weights.
+
+    The other ranks get theirs from rank 0 with the engine (`training.build_engine`). Until then they are memory that
+    nothing has been written to, of which the system gives none: a node holds a model once, not once a rank.
+
+    Buffers stay as transformers makes them: a rotary embedding's frequencies in bf16 would turn the tokens of a long
+    sequence by wrong angles.
 
     Args:
         seed: for random weights; null takes the configuration's.
     """
-    torch.manual_seed(config.seed if seed is None else seed)
+    seed = config.seed if seed is None else seed
+    torch.manual_seed(seed)
+    with contextlib.nullcontext() if rank == 0 else no_init_weights():
+        model = _built(config, with_weights=rank == 0)
+    if rank:
+        model.tie_weights(recompute_mapping=False)
+    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    for parameter in model.parameters():
+        if parameter.dtype != dtype:
+            parameter.data = parameter.data.to(dtype) if rank == 0 else torch.empty_like(parameter.data, dtype=dtype)
+    model.train()
+    torch.manual_seed(seed)  # rank 0 has drawn the weights, the others have not
+    return model
+
+
+def _built(config: Config, with_weights: bool) -> PreTrainedModel:
+    """In fp32, pretrained where so configured unless `with_weights` is False."""
     architecture = pretrained_config(config)
     arguments = {"attn_implementation": config.sp.attention, "dtype": torch.float32}
     try:
-        if config.model.name_or_path is not None and config.model.pretrained:
-            model = AutoModelForCausalLM.from_pretrained(
+        if config.model.name_or_path is not None and config.model.pretrained and with_weights:
+            return AutoModelForCausalLM.from_pretrained(
                 config.model.name_or_path,
                 config=architecture,
                 trust_remote_code=config.model.trust_remote_code,
                 **arguments,
             )
-        else:
-            model = AutoModelForCausalLM.from_config(
-                architecture, trust_remote_code=config.model.trust_remote_code, **arguments
-            )
+        return AutoModelForCausalLM.from_config(
+            architecture, trust_remote_code=config.model.trust_remote_code, **arguments
+        )
     except OSError as error:
         problem = str(error).splitlines()[0]
         instead = "set a folder or hub name that holds weights, or model.pretrained=false"
@@ -50,8 +74,6 @@ def build(config: Config, seed: int | None = None) -> PreTrainedModel:
         if "attn" not in str(error).lower() and "attention" not in str(error).lower():
             raise
         raise ConfigError("sp.attention", str(error).splitlines()[0], "set sp.attention=sdpa") from error
-    model.train()
-    return model
 
 
 def describe(config: Config, architecture: PretrainedConfig, parameters: int) -> dict[str, int | str]:

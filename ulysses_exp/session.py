@@ -85,7 +85,7 @@ def open_session(task: Task, rank: int) -> Iterator[Session]:
     device = torch.device("cuda", torch.cuda.current_device()) if device_of(config) == "cuda" else torch.device("cpu")
     with contextlib.ExitStack() as stack:
         all_to_alls = stack.enter_context(AllToAllCounter())
-        model = models.build(config, task.options.get("model_seed"))
+        model = models.build(config, task.options.get("model_seed"), rank)
         description = models.describe(config, model.config, sum(p.numel() for p in model.parameters()))
         corpus = load_corpus(config, model.config.get_text_config().vocab_size)
         memory_savers.apply(model, config.memory)

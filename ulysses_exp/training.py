@@ -60,17 +60,21 @@ def optimizer(config: Config, model: PreTrainedModel) -> torch.optim.Optimizer:
 
 
 def build_engine(config: Config, model: PreTrainedModel, mpu: Any) -> deepspeed.DeepSpeedEngine:
-    """Wraps `model` in DeepSpeed with the configured optimizer and schedule; `mpu` is None where sp is 1."""
-    if config.train.precision == "bf16":
-        model.bfloat16()
+    """Wraps `model` in DeepSpeed with the configured optimizer and schedule; `mpu` is None where sp is 1.
+
+    Every rank has rank 0's weights afterwards: DeepSpeed sends them, or under ZeRO 3 each rank's part of them.
+    """
     steps = optimizer(config, model)
     schedule = get_scheduler(config.optim.schedule, steps, config.optim.warmup_steps, config.train.steps)
+    told = deepspeed_config(config, sum(p.numel() for p in model.parameters()))
     if config.zero.stage == 3:
         _hook_small_layers_once(model, config.zero.param_persistence_threshold)
-    parameters = sum(p.numel() for p in model.parameters())
-    engine, *_ = deepspeed.initialize(
-        model=model, optimizer=steps, lr_scheduler=schedule, config=deepspeed_config(config, parameters), mpu=mpu
-    )
+        # one parameter after the other: left to the engine, the whole model would be on the device first
+        deepspeed.zero.Init(module=model, config_dict_or_path=told, mpu=mpu)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=steps, lr_scheduler=schedule, config=told, mpu=mpu)
+    for buffer in model.buffers():  # which DeepSpeed neither sends nor, under ZeRO 3, moves
+        buffer.data = buffer.data.to(engine.device)
+        dist.broadcast(buffer.data, 0)
     if isinstance(engine.optimizer, FP16_UnfusedOptimizer):
         _undo_first_step(engine.optimizer)
     return engine

@@ -37,11 +37,14 @@ class Hardware:
         """Bytes that tensors may take."""
         return int((self.memory_gib - self.reserved_gib) * GIB)
 
+    @property
+    def host_memory(self) -> float:
+        """Bytes of host memory of a node; infinite where it is not known."""
+        return math.inf if self.host_memory_gib is None else self.host_memory_gib * GIB
+
     def host_budget(self, world: int) -> float:
         """Bytes of host memory for each of `world` ranks; infinite where it is not known."""
-        if self.host_memory_gib is None:
-            return math.inf
-        return self.host_memory_gib * GIB / min(world, self.gpus_per_node)
+        return self.host_memory / min(world, self.gpus_per_node)
 
 
 def load(name: str) -> Hardware:

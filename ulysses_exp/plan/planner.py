@@ -107,7 +107,7 @@ class Planner:
         for _ in range(_TRIES):
             traced = self._traces.get(length) or self._trace(length, memory_only=True)
             limits: list[tuple[dict[str, int], float]] = [(kinds, device_bytes) for kinds in traced.device.values()]
-            limits += [(kinds, host_bytes) for kinds in traced.host.values()]
+            limits += [(kinds, host_bytes) for phase, kinds in traced.host.items() if phase != "start"]
             following = min(_grown_to(limit, kinds, length) for kinds, limit in limits)
             if all(sum(kinds.values()) <= limit for kinds, limit in limits):
                 fitting = max(fitting, length)

@@ -31,7 +31,8 @@ class Trace:
     parameters: int  # of the whole model, tied ones once
     parameters_per_rank: int  # as DeepSpeed partitions them
     device: dict[str, dict[str, int]]  # by phase: what the device holds at its fullest, by kind (ledger.KINDS)
-    host: dict[str, dict[str, int]]  # the same of host memory; empty where the device is the host
+    host: dict[str, dict[str, int]]  # the same of host memory, which only on rank 0 starts with the whole model; empty
+    # where the device is the host
     rest: dict[str, int]  # what the device holds between two steps, by kind
     collectives: list[tuple[str, int, int, int]]  # (operator, ranks, calls, bytes) of one optimizer step
     host_copies: dict[str, int]  # bytes `to_host` and `to_device` in one optimizer step

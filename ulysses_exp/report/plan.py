@@ -33,7 +33,10 @@ def facts(stage: Mapping[str, Any]) -> list[tuple[str, str]]:
     verdict = "fits" if stage["fits"] else "does not fit"
     needs = f"{of_bytes(memory['total'])} of {of_bytes(budget)} a rank"
     if not stage["fits_host"]:
-        needs += f", {of_bytes(stage['host_memory_bytes_per_rank'])} of host memory a rank are too much"
+        needs += (
+            f"; host memory does not hold {of_bytes(stage['host_memory_bytes_at_start'])} while the model is built and "
+            f"{of_bytes(stage['host_memory_bytes_per_rank'])} a rank later"
+        )
     found = [
         ("plan", f"{stage['seq_len']:,} tokens: {verdict}, {needs}"),
         ("settings", stage["settings"]),

@@ -57,8 +57,10 @@ def entry(
     kinds = {kind: size for kind, size in trace.device[phase].items() if size}
     memory = {kind: kinds.get(kind, 0) for kind in ("parameters", "gradients", "optimizer", "activations")}
     memory |= {kind: size for kind, size in kinds.items() if kind not in memory}
-    host_peak = max((sum(kinds.values()) for kinds in trace.host.values()), default=0)
-    host_fits = host_peak <= hardware.host_budget(config.layout.world)
+    host = {phase: sum(kinds.values()) for phase, kinds in trace.host.items()}
+    host_start = host.pop("start", 0)  # of rank 0, which alone has the whole model there
+    host_peak = max(host.values(), default=0)
+    host_fits = host_peak <= hardware.host_budget(config.layout.world) and host_start <= hardware.host_memory
     result: dict[str, Any] = {
         "status": "ok",
         "hardware": hardware.name,
@@ -70,6 +72,7 @@ def entry(
         "at_rest": trace.rest,
         "budget_bytes_per_rank": hardware.budget,
         "host_memory_bytes_per_rank": host_peak,
+        "host_memory_bytes_at_start": host_start,
         "fits": sum(memory.values()) <= hardware.budget and host_fits,
         "fits_host": host_fits,
         "parameters": trace.parameters,

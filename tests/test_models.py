@@ -1,0 +1,60 @@
+"""Models as they are built, before DeepSpeed has them."""
+
+from __future__ import annotations
+
+import resource
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from ulysses_exp import models
+from ulysses_exp.config import Config, ModelConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def configured(name: str = "tiny_llama", precision: str = "fp32", **architecture: int) -> Config:
+    config = Config()
+    config.model = ModelConfig(**yaml.safe_load((ROOT / "conf" / "model" / f"{name}.yaml").read_text()))
+    config.model.architecture |= architecture
+    config.train.precision = precision
+    return config
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", ["tiny_llama", "tiny_gemma3", "tiny_qwen3"])
+def test_ranks_differ_in_nothing_but_weights_to_be_sent(name, precision):
+    config = configured(name, precision)
+    first = models.build(config)
+    state = torch.get_rng_state()
+    other = models.build(config, rank=1)
+    assert torch.equal(torch.get_rng_state(), state), "what is random later has to be the same on all ranks"
+    shapes = [{n: (p.shape, p.dtype) for n, p in m.named_parameters()} for m in (first, other)]
+    assert shapes[0] == shapes[1]
+    buffers = [dict(m.named_buffers()) for m in (first, other)]
+    assert buffers[0].keys() == buffers[1].keys()
+    assert all(torch.equal(buffers[0][n], buffers[1][n]) for n in buffers[0])
+
+
+def test_positions_stay_in_fp32_under_bf16():
+    """In bf16 the angle of token 100,000 would be off by up to 200 radians."""
+    full, half = models.build(configured()), models.build(configured(precision="bf16"))
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+    frequencies = [m.model.rotary_emb.inv_freq for m in (full, half)]
+    assert frequencies[1].dtype == torch.float32 and torch.equal(*frequencies)
+
+
+def test_other_ranks_take_no_memory_for_the_weights():
+    config = configured(vocab_size=400_000)  # 400 MB of fp32
+    before = _resident()
+    model = models.build(config, rank=1)
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    assert size > 300e6
+    assert _resident() - before < 0.1 * size
+
+
+def _resident() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize()
