@@ -4,8 +4,7 @@
 
 Each cell trains a tiny model for two optimizer steps in real processes over gloo, under torch's profiler from before
 the model is built; the running sum of its memory events is what torch has allocated (scratch inside kernels included,
-which a plan does not know). The plan of the same configuration is made for `plan.hardware=cpu`. DeepSpeed's reduction
-buffer has 2 GB in stages 1 to 3 whatever the model, so errors are also given without it: that is the harder figure.
+which a plan does not know). The plan of the same configuration is made for `plan.hardware=cpu`.
 """
 
 from __future__ import annotations
@@ -218,15 +217,12 @@ def compared(chosen: list[Cell]) -> Iterator[dict[str, Any]]:
             measured = min(runs, key=lambda run: run["peak_bytes"])
             trace = Planner(config, gpu=False, pool=pool).at(cell.seq_len)
             micro = config.accumulation / min(config.accumulation, 2)
-            buffer = 2_000_000_000 if cell.zero else 0
-            buffer = buffer if trace.peak() > buffer else 0
             yield {
                 "cell": cell.name,
                 "zero": cell.zero,
                 "predicted_peak_bytes": trace.peak(),
                 "measured_peak_bytes": measured["peak_bytes"],
                 "relative": trace.peak() / measured["peak_bytes"] - 1,
-                "relative_without_buffer": (trace.peak() - buffer) / (measured["peak_bytes"] - buffer) - 1,
                 "predicted_all_to_all_bytes": round(trace.all_to_all_bytes * micro),
                 "measured_all_to_all_bytes": measured["all_to_all_bytes"],
                 "predicted_all_to_all_calls": round(trace.all_to_all_calls * micro),
@@ -241,7 +237,6 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
         f"transformers {version('transformers')}",
         "cells": len(rows),
         "max_abs_relative_memory_error": max(abs(r["relative"]) for r in rows),
-        "max_abs_relative_memory_error_without_reduction_buffer": max(abs(r["relative_without_buffer"]) for r in rows),
         "all_to_all_bytes_exact": all(
             r["predicted_all_to_all_bytes"] == r["measured_all_to_all_bytes"]
             and r["predicted_all_to_all_calls"] == r["measured_all_to_all_calls"]
@@ -259,18 +254,15 @@ def markdown(rows: list[dict[str, Any]], total: dict[str, Any]) -> str:
         f"{total['gpu']}.",
         "",
         f"- All-to-all calls and bytes equal in every cell: {'yes' if total['all_to_all_bytes_exact'] else 'NO'}",
-        f"- Largest error of the memory peak: {total['max_abs_relative_memory_error']:.2%}, "
-        f"{total['max_abs_relative_memory_error_without_reduction_buffer']:.2%} without DeepSpeed's 2 GB buffer",
+        f"- Largest error of the memory peak: {total['max_abs_relative_memory_error']:.2%}",
         "",
-        "| cell | peak, MB: predicted | measured | error | without the buffer | all-to-all bytes: predicted "
-        "| measured |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| cell | peak, MB: predicted | measured | error | all-to-all bytes: predicted | measured |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for r in rows:
         lines.append(
             f"| {r['cell']} | {r['predicted_peak_bytes'] / 1e6:.2f} | {r['measured_peak_bytes'] / 1e6:.2f} | "
-            f"{r['relative']:+.2%} | {r['relative_without_buffer']:+.2%} | {r['predicted_all_to_all_bytes']:,} | "
-            f"{r['measured_all_to_all_bytes']:,} |"
+            f"{r['relative']:+.2%} | {r['predicted_all_to_all_bytes']:,} | {r['measured_all_to_all_bytes']:,} |"
         )
     return "\n".join(lines) + "\n"
 

@@ -83,7 +83,7 @@ def remarks(stage: Mapping[str, Any]) -> list[str]:
     """What the figures rest on, and how far plans have been from measurements."""
     lines = [f"fullest {_PHASES[stage['peak_is_in']]}", *(f"assumed: {text}" for text in stage["assumptions"])]
     known = stage["calibration"]
-    error = known["max_abs_relative_memory_error_without_reduction_buffer"]
+    error = known["max_abs_relative_memory_error"]
     return [
         *lines,
         f"accuracy: memory within {error:.1%} and all-to-alls "
