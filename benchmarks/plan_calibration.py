@@ -213,7 +213,7 @@ def compared(chosen: list[Cell]) -> Iterator[dict[str, Any]]:
         for cell in chosen:
             config = configuration(cell)
             # what gloo's threads hold on to can only add; ZeRO 3 alone gives them work while it goes on
-            runs = [measure(config) for _ in range(2 if cell.zero == 3 else 1)]
+            runs = [measure(config) for _ in range(4 if cell.zero == 3 else 1)]
             measured = min(runs, key=lambda run: run["peak_bytes"])
             trace = Planner(config, gpu=False, pool=pool).at(cell.seq_len)
             micro = config.accumulation / min(config.accumulation, 2)
@@ -273,8 +273,10 @@ def main() -> None:
     recorded = RESULTS / "plan_calibration.json"
     rows = json.loads(recorded.read_text())["cells"] if parser.parse_args().resume and recorded.is_file() else []
     done = {row["cell"] for row in rows}
+    order = [cell.name for cell in cells()]
     for row in compared([cell for cell in cells() if cell.name not in done]):
         rows.append(row)
+        rows.sort(key=lambda r: order.index(r["cell"]))
         total = summary(rows)
         page = markdown(rows, total)
         print(page.splitlines()[-1], flush=True)

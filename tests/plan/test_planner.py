@@ -45,6 +45,19 @@ def test_two_depths_tell_the_whole(pool):
         assert sum(part.device[phase].values()) == pytest.approx(sum(kinds.values()), rel=0.01), phase
 
 
+def test_both_exchanges_are_counted(pool):
+    config = configured()
+    config.sp = replace(config.sp, size=2)
+    requests = [
+        Request(replace(config, sp=replace(config.sp, exchange=name)), 2, gpu=True) for name in ("fused", "deepspeed")
+    ]
+    fused, upstream = pool.map(trace, requests)
+    # head_dim 16: a rank sends half of what it has of q, k, v and o, forward and backward, in bf16
+    assert fused.all_to_all_bytes == 2 * 2 * (4096 // 2) * (8 + 4 + 4 + 8) * 16 // 2 * 2
+    assert upstream.all_to_all_bytes == fused.all_to_all_bytes
+    assert (fused.all_to_all_calls, upstream.all_to_all_calls) == (2 * 2 * 2, 2 * 2 * 4)
+
+
 def test_few_tiles_tell_of_many(pool):
     tiled = MemoryConfig(name="tiled", checkpointing="non_reentrant", tiled_mlp=6, tiled_loss=6)
     request = Request(configured(memory=tiled), 2, gpu=True, memory_only=True)

@@ -7,15 +7,19 @@ Each is a symptom under fake tensors and a fake process group, not a defect in a
 - ZeRO 3 compares its trace with the other ranks', which a fake group does not have ("Detected a disagreement").
 - transformers takes fake tensors for a graph being traced, leaves positions unread and makes a mask of all pairs of
   tokens (masking_utils.find_packed_sequence_indices).
+- DeepSpeed's own exchange is an operator (deepspeed::dim_zero_all_to_all) that on fake tensors sends nothing.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from typing import Any
 from unittest.mock import patch
 
 import torch
+from deepspeed import comm
+from deepspeed.runtime.sequence_parallel import ulysses_sp
 from deepspeed.runtime.zero import partitioned_param_coordinator
 from torch import Tensor
 from transformers import masking_utils
@@ -37,12 +41,32 @@ def _apply(self: torch.nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool 
     return self
 
 
+class _Exchange(torch.autograd.Function):
+    """What the operator does on real tensors: an all-to-all along dimension 0, and another one back."""
+
+    @staticmethod
+    def forward(ctx: Any, group: Any, tensor: Tensor) -> Tensor:
+        ctx.group = group
+        output = torch.empty_like(tensor)
+        comm.all_to_all_single(output, tensor, group=group)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor]:
+        return None, _Exchange.forward(ctx, ctx.group, gradients[0].contiguous())
+
+
+def _exchange(group: Any, tensor: Tensor) -> Tensor:
+    return _Exchange.apply(group, tensor.contiguous())
+
+
 @contextlib.contextmanager
 def told() -> Iterator[None]:
     """Within, they are as described."""
     with (
         patch.object(torch.nn.Module, "_apply", _apply),
         patch.object(masking_utils, "is_tracing", lambda tensor=None: False),
+        patch.object(ulysses_sp, "_dim_zero_all_to_all", _exchange),
         patch.object(partitioned_param_coordinator, "assert_ints_same_as_other_ranks", lambda ints: None),
     ):
         yield
