@@ -49,11 +49,11 @@ class Trace:
 class Request:
     """What to trace: `config`, with `layers` decoder layers in place of its own, on a `gpu` or on this CPU.
 
-    `parameters` are those of the whole model, which decide on buffers; left out, those of the layers traced. Many tiles are traced as four (`tiles`) unless `few_tiles` is False. `deepspeed` holds entries of DeepSpeed's
-    configuration that this project leaves at their defaults; `within` is entered around the model, for kernels that a
-    plan does not know. `evaluation` traces the loss of one whole sequence on one
-    rank, sequence parallelism bypassed, in place of training. `memory_only` takes half the time and tells no
-    collectives.
+    `parameters` are those of the whole model, which decide on buffers; left out, those of the layers traced. Many tiles
+    are traced as four (`tiles`) unless `few_tiles` is False. `deepspeed` holds entries of DeepSpeed's configuration
+    that this project leaves at their defaults; `within` is entered around the model, for kernels that a plan does not
+    know. `evaluation` traces the loss of one whole sequence on one rank, sequence parallelism bypassed, in place of
+    training. `memory_only` takes half the time and tells no collectives.
     """
 
     config: Config
