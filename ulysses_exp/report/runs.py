@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -110,7 +111,7 @@ class Run:
 
 
 def find(paths: Iterable[Path]) -> list[Run]:
-    """All runs at or below `paths`, ordered by model, sequence length and layout.
+    """All runs at or below `paths`, ordered by model, sequence length and layout, then as they were started.
 
     A job that has not finished, or was killed, is read as far as it came: complete lines of metrics.jsonl.
 
@@ -126,7 +127,12 @@ def find(paths: Iterable[Path]) -> list[Run]:
                 folders[Path(place).resolve()] = None
             inside[:] = sorted(set(inside) - _INSIDE_A_RUN)
     runs = [_read(folder) for folder in folders]
-    return sorted(runs, key=lambda r: (r.model, r.seq_len or 0, r.layout or Layout(), str(r.folder)))
+    return sorted(
+        runs,
+        key=lambda r: (
+            r.model, r.seq_len or 0, r.layout or Layout(), r.results.get("started") or math.inf, str(r.folder)
+        ),
+    )  # fmt: skip
 
 
 def traits(run: Run) -> dict[str, str]:
