@@ -12,8 +12,8 @@ run: setup
 test: setup
 	@$(BIN)/python -m pytest
 
-test-long: setup
-	@$(BIN)/python -m pytest -m long
+test-long: setup # one after another: some look at what is left on the machine
+	@$(BIN)/python -m pytest -m long -n 0
 
 lint: setup
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

@@ -60,7 +60,7 @@ def test_both_exchanges_are_counted(pool):
 
 def test_few_tiles_tell_of_many(pool):
     tiled = MemoryConfig(name="tiled", checkpointing="non_reentrant", tiled_mlp=6, tiled_loss=6)
-    request = Request(configured(memory=tiled), 2, gpu=True, memory_only=True)
+    request = Request(configured(memory=tiled), 2, gpu=True)
     few, all_tiles = pool.map(trace, [request, replace(request, few_tiles=False)])
     assert few.peak() == pytest.approx(all_tiles.peak(), rel=0.01)
 
@@ -85,11 +85,12 @@ def test_a_first_guess_for_a_search():
 
 
 @pytest.mark.long
-def test_half_a_trace_tells_the_same_memory(pool):
+def test_accumulation_adds_no_length(pool):
+    """A search counts the optimizer's states, which DeepSpeed makes in the first step only."""
     config = configured()
     config.train = replace(config.train, global_batch_size=4)
-    planner = Planner(config, gpu=True, pool=pool)
-    assert planner._trace(4096, memory_only=True).peak() == pytest.approx(planner.at(4096).peak(), rel=0.01)
+    budget = Planner(config, gpu=True, pool=pool).at(4096).peak()
+    assert 0 < Planner(config, gpu=True, pool=pool).longest(64, budget - 1) < 4096
 
 
 def test_a_bypassed_evaluation_holds_the_whole_sequences_logits():

@@ -55,6 +55,7 @@ def whole(traces: list[Trace], layers: int, config: Config) -> Trace:
         config.zero.stage == 3 and "optimizer_step" in device
     ):  # the optimizer works on a sub group at a time: what it takes for that stops growing
         rest = _kinds(few.rest, more.rest, line)
+        rest = {kind: min(size, device["optimizer_step"].get(kind, 0)) for kind, size in rest.items()}  # still held
         share = min(own, SUB_GROUP) / min(more.parameters_per_rank, SUB_GROUP)
         working = Counter(more.device["optimizer_step"]) - Counter(more.rest)
         device["optimizer_step"] = dict(

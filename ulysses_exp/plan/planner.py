@@ -73,13 +73,10 @@ class Planner:
     def at(self, seq_len: int) -> Trace:
         """The whole model's trace at `seq_len` tokens."""
         if seq_len not in self._traces:
-            self._traces[seq_len] = self._trace(seq_len, memory_only=False)
+            config = replace(self.config, train=replace(self.config.train, seq_len=seq_len))
+            requests = [self._request(config, layers) for layers in self.depths]
+            self._traces[seq_len] = whole(self.pool.map(trace, requests), self.model.layers, config)
         return self._traces[seq_len]
-
-    def _trace(self, seq_len: int, memory_only: bool) -> Trace:
-        config = replace(self.config, train=replace(self.config.train, seq_len=seq_len))
-        requests = [replace(self._request(config, layers), memory_only=memory_only) for layers in self.depths]
-        return whole(self.pool.map(trace, requests), self.model.layers, config)
 
     def full(self) -> Trace:
         """The trace of all layers at `train.seq_len`, nothing extrapolated: to check `at` against."""
@@ -105,7 +102,7 @@ class Planner:
         length = self.config.train.seq_len
         length = length if length in self._traces else max(step, length // step * step)
         for _ in range(_TRIES):
-            traced = self._traces.get(length) or self._trace(length, memory_only=True)
+            traced = self.at(length)
             limits: list[tuple[dict[str, int], float]] = [(kinds, device_bytes) for kinds in traced.device.values()]
             limits += [(kinds, host_bytes) for phase, kinds in traced.host.items() if phase != "start"]
             following = min(_grown_to(limit, kinds, length) for kinds, limit in limits)

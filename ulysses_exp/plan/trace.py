@@ -53,7 +53,7 @@ class Request:
     are traced as four (`tiles`) unless `few_tiles` is False. `deepspeed` holds entries of DeepSpeed's configuration
     that this project leaves at their defaults; `within` is entered around the model, for kernels that a plan does not
     know. `evaluation` traces the loss of one whole sequence on one rank, sequence parallelism bypassed, in place of
-    training. `memory_only` takes half the time and tells no collectives.
+    training.
     """
 
     config: Config
@@ -62,7 +62,6 @@ class Request:
     parameters: int | None = None
     few_tiles: bool = True
     evaluation: bool = False
-    memory_only: bool = False
     deepspeed: dict[str, Any] = field(default_factory=dict)
     within: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
 
@@ -70,8 +69,8 @@ class Request:
 def trace(request: Request) -> Trace:
     """Runs two optimizer steps of rank 0, the second as all later ones are. Needs a process of its own.
 
-    From the second micro step on ZeRO 3 knows the order of the weights and gathers ahead, and all stages but 0 make the
-    optimizer's states at the start: where a step has two micro steps, the first step shows all memory already.
+    Only from the second on are there the optimizer's states, and knows ZeRO 3 the order of the weights and gathers
+    ahead.
     """
     import deepspeed
     import torch
@@ -154,8 +153,7 @@ def trace(request: Request) -> Trace:
                 ledger.collectives.clear()
                 ledger.host_copies.clear()
                 mark = counter.now
-                if not (request.memory_only and layout.zero and config.accumulation > 1):
-                    training.optimizer_step(session, 1)  # type: ignore[arg-type]
+                training.optimizer_step(session, 1)  # type: ignore[arg-type]
         calls, size = counter.since(mark)
         own = sum(getattr(p, "ds_tensor", p).numel() for p in model.parameters())
         result = Trace(
