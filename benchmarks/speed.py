@@ -165,6 +165,7 @@ def main() -> None:
               "versions": {name: version(name) for name in names},
               "steps": {length: steps_at(length) for length in lengths},
               "rounds": arguments.rounds, "rows": rows}  # fmt: skip
+    arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "speed.json").write_text(json.dumps(report, indent=1))
     (arguments.out / "speed.md").write_text(markdown(report))
 
