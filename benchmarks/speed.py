@@ -1,9 +1,11 @@
 """This project, DeepSpeed's tutorial recipe and Hugging Face accelerate on the same model, tokens, layout and steps.
 
-    python benchmarks/speed.py [--lengths 512,2048,8192] [--rounds 3] [--layout sp4-dp1-z2]
+    python benchmarks/speed.py [--lengths 512,2048,8192] [--rounds 2] [--layout sp4-dp1-z2]
 
-The programs run in turn, `--rounds` times over, alone on the machine; a figure is the median over the rounds of the
-median step time, its spread the smallest and largest ratio of a round. Writes benchmarks/results/speed.{json,md}.
+A round starts every program, one after the other, alone on the machine. Then all are held (SIGSTOP) and go on in turns
+of a few seconds, always from the end of a step to the end of a step: what else the machine does, and how fast its
+owner lets it be, comes to all of them alike. A figure is the median over turns, a ratio that of neighbouring turns,
+its spread the middle half of them. Writes benchmarks/results/speed.{json,md}.
 The losses have to agree (AdamW at sp > 1 hides upstream's gradient scale in them, see docs/findings.md).
 """
 
@@ -13,6 +15,7 @@ import argparse
 import json
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
@@ -22,17 +25,25 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-PEERS = {"recipe": "deepspeed_recipe.py", "accelerate": "accelerate_sp.py"}
+ALONE = "attention alone"
+PEERS = {"recipe": "deepspeed_recipe.py", "accelerate": "accelerate_sp.py", ALONE: "attention_alone.py"}
 UNMEASURED = 2
+TURNS = 8  # of each program in a round
+
+
+def steps_a_turn(length: int) -> int:
+    """Optimizer steps of a turn: some seconds of them."""
+    return max(1, 6_000 // length)
 
 
 def steps_at(length: int) -> int:
-    """Optimizer steps of a run: about ten seconds of them, at least six."""
-    return max(6, min(30, 20_000 // length))
+    """Optimizer steps of a run."""
+    return UNMEASURED + TURNS * steps_a_turn(length)
 
 
 def overrides(length: int, layout: str) -> list[str]:
@@ -75,22 +86,101 @@ def environment() -> dict[str, str]:
             "PYTHONPATH": str(ROOT)}  # fmt: skip
 
 
-def run_ours(length: int, layout: str, folder: Path) -> dict[str, Any]:
-    """A cold `python run.py`."""
-    began = time.time()
-    subprocess.run([sys.executable, str(ROOT / "run.py"), *overrides(length, layout), f"hydra.run.dir={folder}/ours"],
-                   cwd=folder, check=True, capture_output=True, env=environment())  # fmt: skip
-    train = json.loads((folder / "ours" / "results.json").read_text())["stages"]["train"]
-    lines = [json.loads(line) for line in (folder / "ours" / "metrics.jsonl").read_text().splitlines()]
-    return {"loss": train["loss"], "step_time_s": [line["perf/step_time_s"] for line in lines],
-            "time_to_first_step_s": train["first_step_finished"] - began,
-            "peak_memory_bytes": train["peak_memory_bytes"]["per_rank"]}  # fmt: skip
+class Program:
+    """A training that runs only while it is its turn. `progress` gets a line at the end of each step."""
+
+    def __init__(self, command: list[str], folder: Path, progress: Path):
+        self.progress = progress
+        self.began = time.perf_counter()
+        self.log = folder / "log"
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, *command], cwd=folder, env=environment(), stdout=log, stderr=subprocess.STDOUT
+            )
+
+    def steps(self) -> int:
+        return self.progress.read_bytes().count(b"\n") if self.progress.exists() else 0
+
+    def wait_for(self, step: int) -> float:
+        """Waits for the end of `step`; returns time.perf_counter() then."""
+        while self.steps() < step:
+            if self.process.poll() is not None:
+                raise RuntimeError(f"ended with {self.process.returncode}:\n{self.log.read_text()[-3000:]}")
+            time.sleep(0.002)
+        return time.perf_counter()
+
+    def turn(self, steps: int) -> float:
+        """Goes on for so many steps; returns the seconds of one."""
+        target = self.steps() + steps
+        began = time.perf_counter()
+        self.signal(signal.SIGCONT)
+        seconds = self.wait_for(target) - began
+        self.signal(signal.SIGSTOP)
+        return seconds / steps
+
+    def signal(self, number: int) -> None:
+        """To the launcher and all its ranks."""
+        try:
+            for process in [self.process, *psutil.Process(self.process.pid).children(recursive=True)]:
+                process.send_signal(number)
+        except psutil.NoSuchProcess:
+            pass
+
+
+def start(name: str, length: int, layout: str, job: dict[str, Any], folder: Path) -> Program:
+    """`name`, from a cold command."""
+    folder.mkdir()
+    if name == "ours":
+        command = [str(ROOT / "run.py"), *overrides(length, layout), f"hydra.run.dir={folder}/run"]
+        return Program(command, folder, folder / "run" / "metrics.jsonl")
+    progress = folder / "progress"
+    (folder / "job.json").write_text(json.dumps({**job, "progress": str(progress)}))
+    program, port = ROOT / "benchmarks/peers" / PEERS[name], 29544 + list(PEERS).index(name)
+    command = ["-m", "torch.distributed.run", f"--nproc-per-node={job['sp'] * job['dp']}", "--master-addr=127.0.0.1",
+               f"--master-port={port}", str(program), str(folder / "job.json"), str(folder / "result.json")]  # fmt: skip
+    return Program(command, folder, progress)
+
+
+def result(name: str, folder: Path) -> dict[str, Any]:
+    """Losses and peak memory of a program that has ended."""
+    if name != "ours":
+        return json.loads((folder / "result.json").read_text())
+    train = json.loads((folder / "run" / "results.json").read_text())["stages"]["train"]
+    return {"loss": train["loss"], "peak_memory_bytes": train["peak_memory_bytes"]["per_rank"]}
+
+
+def run_round(length: int, layout: str, job: dict[str, Any], folder: Path, backwards: bool) -> dict[str, Any]:
+    """Every program once, from its start to its end; by name: times of its turns, its start and its results."""
+    names = ["ours", *PEERS][:: -1 if backwards else 1]
+    programs: dict[str, Program] = {}
+    cells: dict[str, Any] = {}
+    try:
+        for name in names:
+            program = programs[name] = start(name, length, layout, job, folder / name.replace(" ", "-"))
+            cells[name] = {"time_to_first_step_s": program.wait_for(1) - program.began, "step_time_s": []}
+            program.wait_for(UNMEASURED)
+            program.signal(signal.SIGSTOP)
+        for number in range(TURNS):
+            for name in names[:: -1 if number % 2 else 1]:
+                cells[name]["step_time_s"].append(programs[name].turn(steps_a_turn(length)))
+        for name in names:
+            programs[name].signal(signal.SIGCONT)
+            if programs[name].process.wait(120):
+                raise RuntimeError(f"{name}:\n{programs[name].log.read_text()[-3000:]}")
+            cells[name] |= {
+                k: v for k, v in result(name, folder / name.replace(" ", "-")).items() if k not in cells[name]
+            }
+    finally:
+        for program in programs.values():
+            program.signal(signal.SIGKILL)
+            program.process.wait()
+    return cells
 
 
 def warm_start(length: int, layout: str, folder: Path) -> float:
     """Seconds from the start of a sweep's later job to the end of its first step: what the second layout costs."""
     subprocess.run(
-        [sys.executable, str(ROOT / "run.py"), "-m", *overrides(length, layout), "seed=0,1,2",
+        [sys.executable, str(ROOT / "run.py"), "-m", *overrides(length, layout), "seed=0,1,2", "train.steps=3",
          f"hydra.sweep.dir={folder}/warm"],
         cwd=folder, check=True, capture_output=True, env=environment(),
     )  # fmt: skip
@@ -99,49 +189,33 @@ def warm_start(length: int, layout: str, folder: Path) -> float:
     return statistics.median(job["stages"]["train"]["first_step_finished"] - job["started"] for job in jobs[1:])
 
 
-def run_peer(program: str, job: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """A cold torchrun of a peer."""
-    (folder / "job.json").write_text(json.dumps(job))
-    out = folder / "result.json"
-    out.unlink(missing_ok=True)
-    subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={job['sp'] * job['dp']}",
-         "--master-addr=127.0.0.1", "--master-port=29544", str(ROOT / "benchmarks/peers" / program),
-         str(folder / "job.json"), str(out)],
-        cwd=folder, check=True, capture_output=True, env=environment(),
-    )  # fmt: skip
-    return json.loads(out.read_text())
-
-
 def measure(length: int, layout: str, rounds: int) -> dict[str, Any]:
-    """One row of the table: every program in turn, `rounds` times."""
-    names = ["ours", *PEERS]
-    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    """One length: every program's times, memory and losses."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         job = peer_job(length, layout, folder)
+        runs = []
         for number in range(rounds):
-            for name in names if number % 2 == 0 else reversed(names):
-                runs[name].append(
-                    run_ours(length, layout, folder) if name == "ours" else run_peer(PEERS[name], job, folder)
-                )
-                for leftover in (folder / "ours").glob("*"):
-                    subprocess.run(["rm", "-rf", str(leftover)], check=True)
+            (folder / f"round{number}").mkdir()
+            runs.append(run_round(length, layout, job, folder / f"round{number}", backwards=bool(number % 2)))
         warm = warm_start(length, layout, folder)
-    row: dict[str, Any] = {"seq_len": length, "layout": layout, "warm_time_to_first_step_s": warm}
-    medians = {n: [statistics.median(r["step_time_s"][UNMEASURED:]) for r in rs] for n, rs in runs.items()}
-    for name in names:
-        ratios = [a / b for a, b in zip(medians["ours"], medians[name], strict=True)]
+    row: dict[str, Any] = {"seq_len": length, "layout": layout, "steps_a_turn": steps_a_turn(length),
+                           "warm_time_to_first_step_s": warm}  # fmt: skip
+    times = {name: [t for run in runs for t in run[name]["step_time_s"]] for name in runs[0]}
+    for name in ["ours", *PEERS]:
+        ratios = [a / b for a, b in zip(times["ours"], times[name], strict=True)]
+        low, middle, high = statistics.quantiles(ratios, n=4)
         row[name] = {
-            "step_time_s": statistics.median(medians[name]),
-            "ours_over_this": {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)},
-            "time_to_first_step_s": statistics.median(r["time_to_first_step_s"] for r in runs[name]),
-            "peak_memory_bytes": max(max(r["peak_memory_bytes"]) for r in runs[name]),
-            "last_loss": runs[name][0]["loss"][-1],
-            "max_rel_loss_diff": max(
-                abs(a - b) / b for a, b in zip(runs[name][0]["loss"], runs["ours"][0]["loss"], strict=True)
-            ),
+            "step_time_s": statistics.median(times[name]),
+            "turns_s": times[name],
+            "ours_over_this": {"median": middle, "quartiles": [low, high]},
+            "time_to_first_step_s": statistics.median(run[name]["time_to_first_step_s"] for run in runs),
+            "peak_memory_bytes": max(max(run[name]["peak_memory_bytes"]) for run in runs),
         }
+        if name != ALONE:
+            losses = runs[0][name]["loss"], runs[0]["ours"]["loss"]
+            row[name]["last_loss"] = losses[0][-1]
+            row[name]["max_rel_loss_diff"] = max(abs(a - b) / b for a, b in zip(*losses, strict=True))
     return row
 
 
@@ -149,13 +223,12 @@ def main() -> None:
     """Measures and writes the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", default="512,2048,8192")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--layout", default="sp4-dp1-z2")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     arguments = parser.parse_args()
     rows = []
-    lengths = [int(length) for length in arguments.lengths.split(",")]
-    for length in lengths:
+    for length in map(int, arguments.lengths.split(",")):
         rows.append(measure(length, arguments.layout, arguments.rounds))
         print(json.dumps(rows[-1]), flush=True)
     from importlib.metadata import version
@@ -163,33 +236,44 @@ def main() -> None:
     names = ("torch", "deepspeed", "transformers", "accelerate")
     report = {"machine": f"{platform.machine()}, {os.cpu_count()} cores, CPU, gloo",
               "versions": {name: version(name) for name in names},
-              "steps": {length: steps_at(length) for length in lengths},
-              "rounds": arguments.rounds, "rows": rows}  # fmt: skip
+              "rounds": arguments.rounds, "turns": TURNS, "rows": rows}  # fmt: skip
     arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "speed.json").write_text(json.dumps(report, indent=1))
+    (arguments.out / "speed.json").write_text(json.dumps(report, indent=1) + "\n")
     (arguments.out / "speed.md").write_text(markdown(report))
 
 
 def markdown(report: dict[str, Any]) -> str:
     """A row a length and program."""
-    lines = ["# Step time beside its peers", "", f"{report['machine']}; {report['versions']}. Median of "
-             f"{report['rounds']} rounds in turn; steps of one sequence a run: "
-             f"{', '.join(f'{n} at {length}' for length, n in report['steps'].items())}, the first {UNMEASURED} not"
-             " measured; tiny_llama (4 layers, hidden 128, 8 query and 4 KV heads), AdamW, fp32. To first step: "
-             "from the command; warm: of a sweep's later jobs.", "",
-             "| tokens | layout | program | step | ours / this (range) | to first step | worst rank's VmHWM | loss"
-             " differs by |", "| --- | --- | --- | --- | --- | --- | --- | --- |"]  # fmt: skip
+    a_turn = ", ".join(f"{row['steps_a_turn']} at {row['seq_len']:,}" for row in report["rows"])
+    versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
+    lines = [
+        "# Step time beside its peers",
+        "",
+        f"{report['machine']}; {versions}. All programs at once, one running at a time: {report['rounds']} rounds of "
+        f"{report['turns']} turns each, from the end of a step to the end of a step (steps of one sequence a turn: "
+        f"{a_turn}), after {UNMEASURED} steps that are not measured. Medians over turns; ratios of neighbouring turns "
+        "with their middle half. tiny_llama (4 layers, hidden 128, 8 query and 4 KV heads), AdamW, fp32. To first "
+        "step: from the command, alone on the machine; warm: of a sweep's later jobs. Attention alone: the same "
+        "calls of the attention kernel and nothing else, so no program can take less.",
+        "",
+        "| tokens | layout | program | step | ours / this (middle half) | to first step | worst rank's VmHWM | loss"
+        " differs by |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
     for row in report["rows"]:
         for name in ("ours", *PEERS):
             cell = row[name]
             ratio = cell["ours_over_this"]
-            start = f"{cell['time_to_first_step_s']:.1f} s"
-            if name == "ours":
-                start += f", warm {row['warm_time_to_first_step_s']:.1f} s"
+            low, high = ratio["quartiles"]
+            beside = "1" if name == "ours" else f"{ratio['median']:.2f} ({low:.2f} to {high:.2f})"
+            rest = "- | - | -"
+            if name != ALONE:
+                begun = f"{cell['time_to_first_step_s']:.1f} s"
+                if name == "ours":
+                    begun += f", warm {row['warm_time_to_first_step_s']:.1f} s"
+                rest = f"{begun} | {cell['peak_memory_bytes'] / 2**20:.0f} MiB | {cell['max_rel_loss_diff']:.1e}"
             lines.append(
-                f"| {row['seq_len']} | {row['layout']} | {name} | {cell['step_time_s']:.3f} s | {ratio['median']:.2f} "
-                f"({ratio['min']:.2f} to {ratio['max']:.2f}) | {start} | "
-                f"{cell['peak_memory_bytes'] / 2**20:.0f} MiB | {cell['max_rel_loss_diff']:.1e} |"
+                f"| {row['seq_len']:,} | {row['layout']} | {name} | {cell['step_time_s']:.3f} s | {beside} | {rest} |"
             )
     return "\n".join(lines) + (
         "\n\nWhat the losses differ by grows with the steps: the peers' gradients are sp times too large "

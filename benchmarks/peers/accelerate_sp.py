@@ -28,7 +28,7 @@ def train(job: Job) -> Record:
     """All of the job's steps. Accelerate initializes the process group."""
     if job.sp == 1:
         raise ValueError("sp: accelerate's sequence-parallel backend needs 2 or more")
-    record = Record(packages=("accelerate",))
+    record = Record(job, packages=("accelerate",))
     accelerator = Accelerator(
         mixed_precision="bf16" if job.precision == "bf16" else "no",
         gradient_accumulation_steps=job.accumulation(),

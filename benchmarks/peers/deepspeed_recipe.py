@@ -63,7 +63,7 @@ def loss_of(model: torch.nn.Module, batch: dict[str, torch.Tensor], sp_group: di
 
 def train(job: Job) -> tuple[deepspeed.DeepSpeedEngine, Record]:
     """All of the job's steps. The process group is initialized."""
-    record = Record(packages=())
+    record = Record(job)
     model = job.model()
     mpu = UlyssesSPAttentionHF.register_with_transformers(
         model_name_or_path=model,

@@ -33,6 +33,7 @@ class Job:
     grad_clip: float  # 0: off
     steps: int
     precision: str  # fp32 or bf16
+    progress: str = ""  # file that gets a line at the end of each step
 
     @classmethod
     def load(cls, path: str) -> Job:
@@ -95,7 +96,8 @@ class Samples(Dataset):
 class Record:
     """Loss, gradient norm and time of each step; memory and versions at the end. Times in seconds, memory in bytes."""
 
-    def __init__(self, packages: tuple[str, ...]):
+    def __init__(self, job: Job, packages: tuple[str, ...] = ()):
+        self.progress = job.progress
         self.result: dict[str, Any] = {"loss": [], "grad_norm": [], "step_time_s": []}
         self.packages = ("torch", "transformers", "deepspeed", *packages)
         self.began = time.perf_counter()
@@ -108,6 +110,9 @@ class Record:
         now = time.perf_counter()
         self.result["step_time_s"].append(now - self.began)
         self.began = now
+        if self.progress and dist.get_rank() == 0:
+            with Path(self.progress).open("a") as file:
+                file.write(f"{len(self.result['loss'])}\n")
         if "time_to_first_step_s" not in self.result:
             launcher = psutil.Process(os.getppid())  # torchrun
             self.result["time_to_first_step_s"] = time.time() - launcher.create_time()
