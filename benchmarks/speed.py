@@ -3,7 +3,7 @@
     python benchmarks/speed.py [--lengths 512,2048,8192] [--rounds 2] [--layout sp4-dp1-z2]
 
 A round starts every program, one after the other, alone on the machine. Then all are held (SIGSTOP) and go on in turns
-of a few seconds, always from the end of a step to the end of a step: what else the machine does, and how fast its
+of a second or a step, always from the end of a step to the end of a step: what else the machine does, and how fast its
 owner lets it be, comes to all of them alike. A figure is the median over turns, a ratio that of neighbouring turns,
 its spread the middle half of them. Writes benchmarks/results/speed.{json,md}.
 The losses have to agree (AdamW at sp > 1 hides upstream's gradient scale in them, see docs/findings.md).
@@ -33,17 +33,22 @@ sys.path.insert(0, str(ROOT))
 ALONE = "attention alone"
 PEERS = {"recipe": "deepspeed_recipe.py", "accelerate": "accelerate_sp.py", ALONE: "attention_alone.py"}
 UNMEASURED = 2
-TURNS = 8  # of each program in a round
+COMPARED = 10  # first steps, whose losses are compared
 
 
 def steps_a_turn(length: int) -> int:
-    """Optimizer steps of a turn: some seconds of them."""
-    return max(1, 6_000 // length)
+    """Optimizer steps of a turn: a second of them, at least one."""
+    return max(1, 2_048 // length)
+
+
+def turns_at(length: int) -> int:
+    """Turns of each program in a round."""
+    return 16 if length <= 2_048 else 8
 
 
 def steps_at(length: int) -> int:
     """Optimizer steps of a run."""
-    return UNMEASURED + TURNS * steps_a_turn(length)
+    return UNMEASURED + turns_at(length) * steps_a_turn(length)
 
 
 def overrides(length: int, layout: str) -> list[str]:
@@ -136,8 +141,8 @@ def start(name: str, length: int, layout: str, job: dict[str, Any], folder: Path
     progress = folder / "progress"
     (folder / "job.json").write_text(json.dumps({**job, "progress": str(progress)}))
     program, port = ROOT / "benchmarks/peers" / PEERS[name], 29544 + list(PEERS).index(name)
-    command = ["-m", "torch.distributed.run", f"--nproc-per-node={job['sp'] * job['dp']}", "--master-addr=127.0.0.1",
-               f"--master-port={port}", str(program), str(folder / "job.json"), str(folder / "result.json")]  # fmt: skip
+    torchrun = ["torch.distributed.run", f"--nproc-per-node={job['sp'] * job['dp']}", "--master-addr=127.0.0.1"]
+    command = ["-m", *torchrun, f"--master-port={port}", str(program), f"{folder}/job.json", f"{folder}/result.json"]
     return Program(command, folder, progress)
 
 
@@ -160,7 +165,7 @@ def run_round(length: int, layout: str, job: dict[str, Any], folder: Path, backw
             cells[name] = {"time_to_first_step_s": program.wait_for(1) - program.began, "step_time_s": []}
             program.wait_for(UNMEASURED)
             program.signal(signal.SIGSTOP)
-        for number in range(TURNS):
+        for number in range(turns_at(length)):
             for name in names[:: -1 if number % 2 else 1]:
                 cells[name]["step_time_s"].append(programs[name].turn(steps_a_turn(length)))
         for name in names:
@@ -199,8 +204,13 @@ def measure(length: int, layout: str, rounds: int) -> dict[str, Any]:
             (folder / f"round{number}").mkdir()
             runs.append(run_round(length, layout, job, folder / f"round{number}", backwards=bool(number % 2)))
         warm = warm_start(length, layout, folder)
-    row: dict[str, Any] = {"seq_len": length, "layout": layout, "steps_a_turn": steps_a_turn(length),
-                           "warm_time_to_first_step_s": warm}  # fmt: skip
+    row: dict[str, Any] = {
+        "seq_len": length,
+        "layout": layout,
+        "turns": turns_at(length),
+        "steps_a_turn": steps_a_turn(length),
+        "warm_time_to_first_step_s": warm,
+    }
     times = {name: [t for run in runs for t in run[name]["step_time_s"]] for name in runs[0]}
     for name in ["ours", *PEERS]:
         ratios = [a / b for a, b in zip(times["ours"], times[name], strict=True)]
@@ -213,8 +223,8 @@ def measure(length: int, layout: str, rounds: int) -> dict[str, Any]:
             "peak_memory_bytes": max(max(run[name]["peak_memory_bytes"]) for run in runs),
         }
         if name != ALONE:
-            losses = runs[0][name]["loss"], runs[0]["ours"]["loss"]
-            row[name]["last_loss"] = losses[0][-1]
+            losses = runs[0][name]["loss"][:COMPARED], runs[0]["ours"]["loss"][:COMPARED]
+            row[name]["loss"] = losses[0]
             row[name]["max_rel_loss_diff"] = max(abs(a - b) / b for a, b in zip(*losses, strict=True))
     return row
 
@@ -236,7 +246,7 @@ def main() -> None:
     names = ("torch", "deepspeed", "transformers", "accelerate")
     report = {"machine": f"{platform.machine()}, {os.cpu_count()} cores, CPU, gloo",
               "versions": {name: version(name) for name in names},
-              "rounds": arguments.rounds, "turns": TURNS, "rows": rows}  # fmt: skip
+              "rounds": arguments.rounds, "rows": rows}  # fmt: skip
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "speed.json").write_text(json.dumps(report, indent=1) + "\n")
     (arguments.out / "speed.md").write_text(markdown(report))
@@ -244,17 +254,17 @@ def main() -> None:
 
 def markdown(report: dict[str, Any]) -> str:
     """A row a length and program."""
-    a_turn = ", ".join(f"{row['steps_a_turn']} at {row['seq_len']:,}" for row in report["rows"])
+    turns = ", ".join(f"{row['turns']} of {row['steps_a_turn']} at {row['seq_len']:,}" for row in report["rows"])
     versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
     lines = [
         "# Step time beside its peers",
         "",
         f"{report['machine']}; {versions}. All programs at once, one running at a time: {report['rounds']} rounds of "
-        f"{report['turns']} turns each, from the end of a step to the end of a step (steps of one sequence a turn: "
-        f"{a_turn}), after {UNMEASURED} steps that are not measured. Medians over turns; ratios of neighbouring turns "
+        f"turns, from the end of a step to the end of a step ({turns} tokens; one sequence a step), after {UNMEASURED} "
+        "steps that are not measured. Medians over turns; ratios of neighbouring turns "
         "with their middle half. tiny_llama (4 layers, hidden 128, 8 query and 4 KV heads), AdamW, fp32. To first "
         "step: from the command, alone on the machine; warm: of a sweep's later jobs. Attention alone: the same "
-        "calls of the attention kernel and nothing else, so no program can take less.",
+        f"calls of the attention kernel and nothing else, so no program can take less. Losses: the first {COMPARED}.",
         "",
         "| tokens | layout | program | step | ours / this (middle half) | to first step | worst rank's VmHWM | loss"
         " differs by |",

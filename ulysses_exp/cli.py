@@ -82,6 +82,14 @@ def _register_resolvers(axes: Collection[str]) -> None:
         return job_name(overrides, number, axes)
 
     OmegaConf.register_new_resolver("job_folder", job_folder, replace=True)
+    OmegaConf.register_new_resolver("run_name", lambda composed: composed, replace=True)
+
+
+def _name_run(name: str) -> None:
+    """Names the folder of the one job after what it has inherited from checkpoint.source, too."""
+    from omegaconf import OmegaConf
+
+    OmegaConf.register_new_resolver("run_name", lambda composed: name, replace=True)
 
 
 def sweep_overrides(overrides: list[str], multirun: bool) -> list[str] | None:
@@ -132,7 +140,8 @@ def _compose(overrides: list[str], check: bool) -> dict[str, str]:
     with open_dict(cfg):
         del cfg["hydra"]
     if check:
-        config.resolve(sources.inherit(cfg, overrides))
+        checked = config.resolve(sources.inherit(cfg, overrides))
+        _name_run(f"{checked.model.name}-{checked.layout.name}")
     return dict(of_hydra.sweeper.params or {}) if of_hydra.mode == RunMode.MULTIRUN else {}
 
 

@@ -27,7 +27,9 @@ def test_the_curve_is_that_of_an_uninterrupted_run(command, tmp_path, layout, to
     done = command("stages=[train]", f"checkpoint.source={source}", "tracker.mode=disabled", *layout, cwd=rest)
     assert done.returncode == 0, done.stdout + done.stderr
     uninterrupted = json.loads((only_run(whole) / "results.json").read_text())["stages"]["train"]
-    resumed = json.loads((only_run(rest) / "results.json").read_text())["stages"]["train"]
+    results = json.loads((only_run(rest) / "results.json").read_text())
+    assert only_run(rest).name.endswith(f"-tiny_llama-{results['layout']['name']}"), "also where it is inherited"
+    resumed = results["stages"]["train"]
     assert resumed["first_step"] == 4 and resumed["steps"] == 2
     for key in ("loss", "grad_norm", "learning_rate"):
         assert resumed[key] == pytest.approx(uninterrupted[key][4:], rel=tolerance, abs=0)

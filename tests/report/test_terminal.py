@@ -79,6 +79,7 @@ def test_progress_is_a_line_an_interval_where_there_is_no_terminal():
         progress.step({"step": 100, "eval/bypass/loss": 3.25})
         progress.start("reload", None)
         progress.note("reload [1/3]")
+        progress.step({"step": 100, "reload/seconds": 1.5})  # nothing of it is shown
     assert console.file.getvalue().splitlines() == [
         "job 1/12", "train ...", "train 1/100 loss 4.9900  12,345 tokens/s",
         "train 100/100 loss 4.0000  12,345 tokens/s", "eval bypass loss 3.2500", "reload ...", "reload [1/3]",

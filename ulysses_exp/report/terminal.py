@@ -80,7 +80,7 @@ class Progress:
             self.note(f"eval {shown}")
         elif self._bars is not None and self._task is not None:
             self._bars.update(self._task, completed=self._completed, count=count, figures=shown)
-        elif self._bars is None:
+        elif self._bars is None and (count or shown):  # nothing of what it is about: no line
             now = time.monotonic()
             if self._last_line == 0.0 or self._completed == self._total or now - self._last_line >= self._interval_s:
                 self._last_line = now
