@@ -51,7 +51,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [pytest.param("fp32", marks=pytest.mark.long), *list(CASES)[1:]])
 def test_opens_without_deepspeed(name: str, tmp_path: Path) -> None:
     layout, recipe = Layout.parse(CASES[name][0]), CASES[name][1]
     folder = tmp_path / "step1"
