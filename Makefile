@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# --no-compile: of 17,000 modules a few hundred are ever imported
+PIP := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt
 STAMP := $(VENV)/.installed
 ARGS ?=
 
@@ -28,6 +30,6 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "setup: $(PYTHON) has no venv; install it (Debian: apt install python3-venv)"; exit 1; }
 	@test -x $(BIN)/python || { echo "setup: making $(VENV)"; $(PYTHON) -m venv $(VENV); }
 	@echo "setup: installing the pinned dependencies (once)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,hub,dashboard,slurm,optuna]'
+	@$(PIP) torch
+	@$(PIP) -e '.[dev,hub,dashboard,slurm,optuna]'
 	@touch $(STAMP)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 
+import pytest
+
 
 def test_a_gpu_that_is_not_here_and_a_model_of_which_only_the_configuration_is(command, tmp_path):
     shape = {
@@ -40,6 +42,7 @@ def test_an_unknown_machine_ends_before_anything_starts(command, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.long
 def test_auto_evaluation_asks_the_plan(command, tmp_path):
     done = command(
         "stages=[train,eval]", "eval.mode=auto", "train.steps=1", "train.seq_len=128", "eval.sequences=2",
