@@ -108,7 +108,7 @@ class TrainConfig:
     precision: str = "fp32"
     unmeasured_steps: int = 3  # first steps left out of medians: allocators and caches warm up
     log_every: int = 1  # steps between two looks at the device's figures; their times are means over the interval
-    compile: bool = False  # torch.compile each decoder layer around its attention; on CPU the first step takes a minute
+    compile: bool = False  # torch.compile decoder layers; a minute on CPU, seconds where TORCHINDUCTOR_CACHE_DIR has it
     profile: bool = False  # torch profiler trace of two steps, and where their time goes
 
 
