@@ -30,8 +30,10 @@ import psutil
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+OURS = {"ours": [], "ours, compiled": ["train.compile=true"]}
 ALONE = "attention alone"
 PEERS = {"recipe": "deepspeed_recipe.py", "accelerate": "accelerate_sp.py", ALONE: "attention_alone.py"}
+NAMES = [*OURS, *PEERS]
 UNMEASURED = 2
 COMPARED = 10  # first steps, whose losses are compared
 
@@ -135,8 +137,8 @@ class Program:
 def start(name: str, length: int, layout: str, job: dict[str, Any], folder: Path) -> Program:
     """`name`, from a cold command."""
     folder.mkdir()
-    if name == "ours":
-        command = [str(ROOT / "run.py"), *overrides(length, layout), f"hydra.run.dir={folder}/run"]
+    if name in OURS:
+        command = [str(ROOT / "run.py"), *overrides(length, layout), *OURS[name], f"hydra.run.dir={folder}/run"]
         return Program(command, folder, folder / "run" / "metrics.jsonl")
     progress = folder / "progress"
     (folder / "job.json").write_text(json.dumps({**job, "progress": str(progress)}))
@@ -148,7 +150,7 @@ def start(name: str, length: int, layout: str, job: dict[str, Any], folder: Path
 
 def result(name: str, folder: Path) -> dict[str, Any]:
     """Losses and peak memory of a program that has ended."""
-    if name != "ours":
+    if name not in OURS:
         return json.loads((folder / "result.json").read_text())
     train = json.loads((folder / "run" / "results.json").read_text())["stages"]["train"]
     return {"loss": train["loss"], "peak_memory_bytes": train["peak_memory_bytes"]["per_rank"]}
@@ -156,12 +158,13 @@ def result(name: str, folder: Path) -> dict[str, Any]:
 
 def run_round(length: int, layout: str, job: dict[str, Any], folder: Path, backwards: bool) -> dict[str, Any]:
     """Every program once, from its start to its end; by name: times of its turns, its start and its results."""
-    names = ["ours", *PEERS][:: -1 if backwards else 1]
+    names = NAMES[:: -1 if backwards else 1]
+    folders = {name: folder / "".join(c if c.isalnum() else "-" for c in name) for name in names}
     programs: dict[str, Program] = {}
     cells: dict[str, Any] = {}
     try:
         for name in names:
-            program = programs[name] = start(name, length, layout, job, folder / name.replace(" ", "-"))
+            program = programs[name] = start(name, length, layout, job, folders[name])
             cells[name] = {"time_to_first_step_s": program.wait_for(1) - program.began, "step_time_s": []}
             program.wait_for(UNMEASURED)
             program.signal(signal.SIGSTOP)
@@ -172,9 +175,7 @@ def run_round(length: int, layout: str, job: dict[str, Any], folder: Path, backw
             programs[name].signal(signal.SIGCONT)
             if programs[name].process.wait(120):
                 raise RuntimeError(f"{name}:\n{programs[name].log.read_text()[-3000:]}")
-            cells[name] |= {
-                k: v for k, v in result(name, folder / name.replace(" ", "-")).items() if k not in cells[name]
-            }
+            cells[name] |= {k: v for k, v in result(name, folders[name]).items() if k not in cells[name]}
     finally:
         for program in programs.values():
             program.signal(signal.SIGKILL)
@@ -192,6 +193,12 @@ def warm_start(length: int, layout: str, folder: Path) -> float:
     jobs = sorted((json.loads(path.read_text()) for path in folder.glob("warm/**/results.json")),
                   key=lambda job: job["started"])  # fmt: skip
     return statistics.median(job["stages"]["train"]["first_step_finished"] - job["started"] for job in jobs[1:])
+
+
+def spread(times: list[float], others: list[float]) -> dict[str, Any]:
+    """Of the ratios of neighbouring turns."""
+    low, middle, high = statistics.quantiles([a / b for a, b in zip(times, others, strict=True)], n=4)
+    return {"median": middle, "quartiles": [low, high]}
 
 
 def measure(length: int, layout: str, rounds: int) -> dict[str, Any]:
@@ -212,13 +219,11 @@ def measure(length: int, layout: str, rounds: int) -> dict[str, Any]:
         "warm_time_to_first_step_s": warm,
     }
     times = {name: [t for run in runs for t in run[name]["step_time_s"]] for name in runs[0]}
-    for name in ["ours", *PEERS]:
-        ratios = [a / b for a, b in zip(times["ours"], times[name], strict=True)]
-        low, middle, high = statistics.quantiles(ratios, n=4)
+    for name in NAMES:
         row[name] = {
             "step_time_s": statistics.median(times[name]),
             "turns_s": times[name],
-            "ours_over_this": {"median": middle, "quartiles": [low, high]},
+            "over_this": {our: spread(times[our], times[name]) for our in OURS},
             "time_to_first_step_s": statistics.median(run[name]["time_to_first_step_s"] for run in runs),
             "peak_memory_bytes": max(max(run[name]["peak_memory_bytes"]) for run in runs),
         }
@@ -252,6 +257,12 @@ def main() -> None:
     (arguments.out / "speed.md").write_text(markdown(report))
 
 
+def in_words(ratio: dict[str, Any]) -> str:
+    """Median and middle half."""
+    low, high = ratio["quartiles"]
+    return f"{ratio['median']:.2f} ({low:.2f} to {high:.2f})"
+
+
 def markdown(report: dict[str, Any]) -> str:
     """A row a length and program."""
     turns = ", ".join(f"{row['turns']} of {row['steps_a_turn']} at {row['seq_len']:,}" for row in report["rows"])
@@ -263,19 +274,18 @@ def markdown(report: dict[str, Any]) -> str:
         f"turns, from the end of a step to the end of a step ({turns} tokens; one sequence a step), after {UNMEASURED} "
         "steps that are not measured. Medians over turns; ratios of neighbouring turns "
         "with their middle half. tiny_llama (4 layers, hidden 128, 8 query and 4 KV heads), AdamW, fp32. To first "
-        "step: from the command, alone on the machine; warm: of a sweep's later jobs. Attention alone: the same "
+        "step: from the command, alone on the machine; warm: of a sweep's later jobs; compiled: train.compile=true, with "
+        "nothing compiled before. Attention alone: the same "
         f"calls of the attention kernel and nothing else, so no program can take less. Losses: the first {COMPARED}.",
         "",
-        "| tokens | layout | program | step | ours / this (middle half) | to first step | worst rank's VmHWM | loss"
-        " differs by |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| tokens | layout | program | step | ours / this (middle half) | ours, compiled / this | to first step | worst"
+        " rank's VmHWM | loss differs by |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in report["rows"]:
-        for name in ("ours", *PEERS):
+        for name in NAMES:
             cell = row[name]
-            ratio = cell["ours_over_this"]
-            low, high = ratio["quartiles"]
-            beside = "1" if name == "ours" else f"{ratio['median']:.2f} ({low:.2f} to {high:.2f})"
+            beside = " | ".join("1" if our == name else in_words(ratio) for our, ratio in cell["over_this"].items())
             rest = "- | - | -"
             if name != ALONE:
                 begun = f"{cell['time_to_first_step_s']:.1f} s"
