@@ -274,9 +274,9 @@ def markdown(report: dict[str, Any]) -> str:
         f"turns, from the end of a step to the end of a step ({turns} tokens; one sequence a step), after {UNMEASURED} "
         "steps that are not measured. Medians over turns; ratios of neighbouring turns "
         "with their middle half. tiny_llama (4 layers, hidden 128, 8 query and 4 KV heads), AdamW, fp32. To first "
-        "step: from the command, alone on the machine; warm: of a sweep's later jobs; compiled: train.compile=true, with "
-        "nothing compiled before. Attention alone: the same "
-        f"calls of the attention kernel and nothing else, so no program can take less. Losses: the first {COMPARED}.",
+        "step: from the command, alone on the machine; warm: of a sweep's later jobs; compiled: train.compile=true, "
+        "with nothing compiled before. Attention alone: the same calls of the attention kernel and nothing else, so "
+        f"no program can take less. Losses: the first {COMPARED}.",
         "",
         "| tokens | layout | program | step | ours / this (middle half) | ours, compiled / this | to first step | worst"
         " rank's VmHWM | loss differs by |",
