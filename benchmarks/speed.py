@@ -1,6 +1,6 @@
 """This project, DeepSpeed's tutorial recipe and Hugging Face accelerate on the same model, tokens, layout and steps.
 
-    python benchmarks/speed.py [--lengths 512,2048,8192] [--rounds 2] [--layout sp4-dp1-z2]
+    python benchmarks/speed.py [--lengths 512,2048,8192] [--rounds 2] [--layout sp4-dp1-z2] [--programs ours,recipe]
 
 A round starts every program, one after the other, alone on the machine. Then all are held (SIGSTOP) and go on in turns
 of a second or a step, always from the end of a step to the end of a step: what else the machine does, and how fast its
@@ -30,10 +30,10 @@ import psutil
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-OURS = {"ours": [], "ours, compiled": ["train.compile=true"]}
-ALONE = "attention alone"
+OURS = {"ours": [], "ours compiled": ["train.compile=true"]}
+ALONE = "torch's attention alone"
 PEERS = {"recipe": "deepspeed_recipe.py", "accelerate": "accelerate_sp.py", ALONE: "attention_alone.py"}
-NAMES = [*OURS, *PEERS]
+NAMES = (*OURS, *PEERS)
 UNMEASURED = 2
 COMPARED = 10  # first steps, whose losses are compared
 
@@ -156,9 +156,11 @@ def result(name: str, folder: Path) -> dict[str, Any]:
     return {"loss": train["loss"], "peak_memory_bytes": train["peak_memory_bytes"]["per_rank"]}
 
 
-def run_round(length: int, layout: str, job: dict[str, Any], folder: Path, backwards: bool) -> dict[str, Any]:
+def run_round(
+    programs_named: tuple[str, ...], length: int, layout: str, job: dict[str, Any], folder: Path, backwards: bool
+) -> dict[str, Any]:
     """Every program once, from its start to its end; by name: times of its turns, its start and its results."""
-    names = NAMES[:: -1 if backwards else 1]
+    names = programs_named[:: -1 if backwards else 1]
     folders = {name: folder / "".join(c if c.isalnum() else "-" for c in name) for name in names}
     programs: dict[str, Program] = {}
     cells: dict[str, Any] = {}
@@ -201,7 +203,7 @@ def spread(times: list[float], others: list[float]) -> dict[str, Any]:
     return {"median": middle, "quartiles": [low, high]}
 
 
-def measure(length: int, layout: str, rounds: int) -> dict[str, Any]:
+def measure(names: tuple[str, ...], length: int, layout: str, rounds: int) -> dict[str, Any]:
     """One length: every program's times, memory and losses."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -209,7 +211,8 @@ def measure(length: int, layout: str, rounds: int) -> dict[str, Any]:
         runs = []
         for number in range(rounds):
             (folder / f"round{number}").mkdir()
-            runs.append(run_round(length, layout, job, folder / f"round{number}", backwards=bool(number % 2)))
+            place, backwards = folder / f"round{number}", bool(number % 2)
+            runs.append(run_round(names, length, layout, job, place, backwards))
         warm = warm_start(length, layout, folder)
     row: dict[str, Any] = {
         "seq_len": length,
@@ -219,11 +222,11 @@ def measure(length: int, layout: str, rounds: int) -> dict[str, Any]:
         "warm_time_to_first_step_s": warm,
     }
     times = {name: [t for run in runs for t in run[name]["step_time_s"]] for name in runs[0]}
-    for name in NAMES:
+    for name in names:
         row[name] = {
             "step_time_s": statistics.median(times[name]),
             "turns_s": times[name],
-            "over_this": {our: spread(times[our], times[name]) for our in OURS},
+            "over_this": {our: spread(times[our], times[name]) for our in OURS if our in names},
             "time_to_first_step_s": statistics.median(run[name]["time_to_first_step_s"] for run in runs),
             "peak_memory_bytes": max(max(run[name]["peak_memory_bytes"]) for run in runs),
         }
@@ -241,17 +244,21 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--layout", default="sp4-dp1-z2")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--programs", default=",".join(NAMES), help="out of " + ", ".join(NAMES) + "; with ours")
     arguments = parser.parse_args()
+    names = tuple(arguments.programs.split(","))
+    if "ours" not in names or set(names) - set(NAMES):
+        parser.error(f"--programs: {arguments.programs}: choose ours and others out of {', '.join(NAMES)}")
     rows = []
     for length in map(int, arguments.lengths.split(",")):
-        rows.append(measure(length, arguments.layout, arguments.rounds))
+        rows.append(measure(names, length, arguments.layout, arguments.rounds))
         print(json.dumps(rows[-1]), flush=True)
     from importlib.metadata import version
 
-    names = ("torch", "deepspeed", "transformers", "accelerate")
+    packages = ("torch", "deepspeed", "transformers", "accelerate")
     report = {"machine": f"{platform.machine()}, {os.cpu_count()} cores, CPU, gloo",
-              "versions": {name: version(name) for name in names},
-              "rounds": arguments.rounds, "rows": rows}  # fmt: skip
+              "versions": {name: version(name) for name in packages},
+              "programs": names, "rounds": arguments.rounds, "rows": rows}  # fmt: skip
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "speed.json").write_text(json.dumps(report, indent=1) + "\n")
     (arguments.out / "speed.md").write_text(markdown(report))
@@ -267,6 +274,8 @@ def markdown(report: dict[str, Any]) -> str:
     """A row a length and program."""
     turns = ", ".join(f"{row['turns']} of {row['steps_a_turn']} at {row['seq_len']:,}" for row in report["rows"])
     versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
+    ours = [name for name in report["programs"] if name in OURS]
+    beside = " | ".join(f"{name} / this (middle half)" for name in ours)
     lines = [
         "# Step time beside its peers",
         "",
@@ -275,15 +284,15 @@ def markdown(report: dict[str, Any]) -> str:
         "steps that are not measured. Medians over turns; ratios of neighbouring turns "
         "with their middle half. tiny_llama (4 layers, hidden 128, 8 query and 4 KV heads), AdamW, fp32. To first "
         "step: from the command, alone on the machine; warm: of a sweep's later jobs; compiled: train.compile=true, "
-        "with nothing compiled before. Attention alone: the same calls of the attention kernel and nothing else, so "
-        f"no program can take less. Losses: the first {COMPARED}.",
+        "with nothing compiled before. Torch's attention alone: the recipe's calls of scaled_dot_product_attention and "
+        "nothing else; ours runs that kernel's backward in blocks that stay in the cache (attention_cpu.md). "
+        f"Losses: the first {COMPARED}.",
         "",
-        "| tokens | layout | program | step | ours / this (middle half) | ours, compiled / this | to first step | worst"
-        " rank's VmHWM | loss differs by |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        f"| tokens | layout | program | step | {beside} | to first step | worst rank's VmHWM | loss differs by |",
+        "| --- | --- | --- | --- |" + " --- |" * len(ours) + " --- | --- | --- |",
     ]
     for row in report["rows"]:
-        for name in NAMES:
+        for name in report["programs"]:
             cell = row[name]
             beside = " | ".join("1" if our == name else in_words(ratio) for our, ratio in cell["over_this"].items())
             rest = "- | - | -"

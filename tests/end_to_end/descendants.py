@@ -36,15 +36,23 @@ def gone(pids: list[int], seconds: float) -> bool:
 
 
 def left_in_shared_memory() -> set[str]:
-    """Files of /dev/shm that no living process has mapped; another test's processes may work beside this one's."""
-    mapped: set[str] = set()
-    files = set(os.listdir("/dev/shm"))
-    for maps in Path("/proc").glob("[0-9]*/maps"):
+    """Files of /dev/shm that no living process has mapped; another test's processes may work beside this one's.
+
+    Compared by inode: a process maps a semaphore that it makes under a name that sem_open drops at once.
+    """
+    made = {}
+    for file in os.scandir("/dev/shm"):
         try:
-            mapped.update(re.findall(r" /dev/shm/(\S+)", maps.read_text()))
+            made[file.name] = file.stat().st_ino
         except OSError:
             continue
-    return files - mapped
+    mapped: set[int] = set()
+    for maps in Path("/proc").glob("[0-9]*/maps"):
+        try:
+            mapped.update(map(int, re.findall(r" (\d+) +/dev/shm/", maps.read_text())))
+        except OSError:
+            continue
+    return {name for name, inode in made.items() if inode not in mapped}
 
 
 def nothing_left(before: set[str], seconds: float = 5) -> bool:

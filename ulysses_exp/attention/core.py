@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ulysses_exp.attention import cpu_causal
 from ulysses_exp.attention.documents import Documents, Row
 
 Core = Callable[..., tuple[Tensor, Any]]
@@ -65,6 +66,8 @@ def sdpa(
 
 def _causal(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, dropout: float) -> Tensor:
     """[batch, heads, tokens, dim] each -> [batch, tokens, heads, dim]."""
+    if not dropout and cpu_causal.helps(query, key, value):
+        return cpu_causal.causal(query, key, value, scaling).transpose(1, 2)
     grouped = key.shape[1] != query.shape[1]
     out = F.scaled_dot_product_attention(
         query, key, value, dropout_p=dropout, is_causal=query.shape[2] > 1, scale=scaling, enable_gqa=grouped
