@@ -8,7 +8,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ulysses_exp.metrics.flops import forward_flops, pairs, peak_flops, step_flops
+from ulysses_exp.config import MemoryConfig
+from ulysses_exp.memory import apply
+from ulysses_exp.metrics.flops import again_flops, forward_flops, pairs, peak_flops, step_flops
+
+NONE = MemoryConfig(name="none")
 
 LLAMA = {
     "vocab_size": 512, "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 3,
@@ -26,7 +30,7 @@ def test_plain_llama_is_six_a_weight_and_token_plus_causal_attention(seq_len):
     layers, hidden, inner, vocab = 3, 256, 768, 512
     weights = layers * (4 * hidden**2 + 3 * hidden * inner) + vocab * hidden
     formula = (6 * weights + 6 * layers * hidden * seq_len) * seq_len
-    counted = step_flops(llama(), seq_len=seq_len, sequences=1, recompute=False).model
+    counted = step_flops(llama(), seq_len=seq_len, sequences=1, memory=NONE, sp=1).model
     assert counted == pytest.approx(formula, rel=0.02)
 
 
@@ -72,15 +76,42 @@ def test_experts_count_those_of_a_token():
     assert once.linear == pytest.approx(2 * (3 * layer + 512 * 256), rel=0.01)
 
 
-def test_what_is_computed_again_is_the_hardwares():
-    arguments = {"seq_len": 256, "sequences": 2}
-    plain = step_flops(llama(), recompute=False, **arguments)
-    again = step_flops(llama(), recompute=True, **arguments)
-    tiled = step_flops(llama(), recompute=True, tiled_mlp=True, tiled_loss=True, **arguments)
-    assert plain.hardware == plain.model == again.model == tiled.model
-    head = 2 * 256 * 512 * 256 * 2
-    assert again.hardware - again.model == pytest.approx(plain.model / 3 - head, rel=1e-3)
-    assert tiled.hardware - again.hardware == pytest.approx(head + 3 * 2 * 3 * 256 * 768 * 256 * 2, rel=1e-3)
+SAVERS = {
+    "checkpointing": {"checkpointing": "non_reentrant"},
+    "reentrant": {"checkpointing": "reentrant"},
+    "tiled loss": {"tiled_loss": 4},
+    "tiled MLP": {"tiled_mlp": -1},
+    "all": {"checkpointing": "non_reentrant", "tiled_mlp": 4, "tiled_loss": 4},
+    "all, reentrant": {"checkpointing": "reentrant", "tiled_mlp": 8, "tiled_loss": 2},
+}
+GEMMA = AutoConfig.for_model(
+    "gemma3_text", vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=16, sliding_window=1024, layer_types=["full_attention"] * 2,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("savers", SAVERS.values(), ids=SAVERS)
+@pytest.mark.parametrize("architecture", [llama(), GEMMA], ids=["llama", "gemma3"])
+def test_what_is_computed_again_is_the_hardwares(architecture, savers):
+    """Against torch's count of real steps with and without the savers; of attention all pairs are counted there."""
+    seq_len = 128
+    memory = MemoryConfig(name="", **savers)
+
+    def real(memory):
+        model = AutoModelForCausalLM.from_config(architecture, attn_implementation="sdpa").train()
+        apply(model, memory)
+        ids = torch.zeros(1, seq_len, dtype=torch.long)
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        return counter.get_total_flops()
+
+    again = again_flops(architecture, memory, seq_len)
+    full = sum(4.0 * seq_len**2 * a.heads * a.head_dim for a in again.attention)
+    assert again.linear * seq_len + full == pytest.approx(real(memory) - real(NONE), rel=1e-3)
+    step = step_flops(architecture, seq_len=seq_len, sequences=2, memory=memory, sp=1)
+    causal = sum(a.flops(seq_len) for a in again.attention)
+    assert step.hardware - step.model == pytest.approx(2 * (again.linear * seq_len + causal))
+    assert step.model == step_flops(architecture, seq_len=seq_len, sequences=2, memory=NONE, sp=1).hardware
 
 
 def test_counting_leaves_the_random_numbers_alone():

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from ulysses_exp.config import MemoryConfig
+from ulysses_exp.memory import apply
+from ulysses_exp.memory.tile_size import tiles_of
 
 
 @dataclass(frozen=True)
@@ -99,28 +106,9 @@ class _Same:
 @functools.cache
 def _counted(model_type: str, key: str, architecture: _Same) -> ForwardFlops:
     tokens = 16
-    layers: list[AttentionLayer] = []
-
-    def attention(module: Any, query: Any, key: Any, value: Any, mask: Any, *args: Any, **kwargs: Any) -> Any:
-        """Notes the shapes, [batch, heads, tokens, dim], and computes nothing: its share grows with the square."""
-        window = kwargs.get("sliding_window") or _window_of(module)
-        layers.append(AttentionLayer(query.shape[1], query.shape[3], value.shape[3], window))
-        return value.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3]), None
-
-    name = "ulysses_exp_flops"
-    ALL_ATTENTION_FUNCTIONS.register(name, attention)  # transformers makes no mask for a name that it does not know
-    config = architecture.value.__class__.from_dict(architecture.value.to_dict())
-    custom = {torch.ops.aten._grouped_mm: _grouped_mm_flops}
-    with torch.random.fork_rng(devices=[]), torch.device("meta"), torch.no_grad():
-        model = AutoModelForCausalLM.from_config(config, attn_implementation=name, dtype=torch.bfloat16)
-        positions = torch.arange(tokens)[None]
-        with FlopCounterMode(display=False, depth=1, custom_mapping=custom) as counter:
-            model(
-                input_ids=torch.zeros(1, tokens, dtype=torch.long),
-                position_ids=positions,
-                attention_mask=None,
-                use_cache=False,
-            )
+    counter = FlopCounterMode(display=False, custom_mapping=_CUSTOM)
+    with _on_meta(architecture.value) as (model, layers), torch.no_grad(), counter:
+        model(**_inputs(tokens))
     embedding = model.get_output_embeddings()
     mlps = {m for n, m in model.named_modules() if n.rpartition(".")[2] == "mlp" and hasattr(m, "down_proj")}
     return ForwardFlops(
@@ -131,9 +119,99 @@ def _counted(model_type: str, key: str, architecture: _Same) -> ForwardFlops:
     )
 
 
+@dataclass(frozen=True)
+class AgainFlops:
+    """What the backward computes a second time: operations a token of linear layers, and attention."""
+
+    linear: float = 0.0
+    attention: tuple[AttentionLayer, ...] = ()
+
+
+def again_flops(architecture: PretrainedConfig, memory: MemoryConfig, positions: int) -> AgainFlops:
+    """Counts what `memory` makes the backward compute again.
+
+    Counted and not derived, for torch's non-reentrant checkpoints stop where nothing more is needed: before a layer's
+    last product in most models, before the last tile of a tiled MLP; the reentrant ones do not.
+
+    Args:
+        positions: of a sequence on one rank, which decide on the number of tiles.
+    """
+    text = architecture.get_text_config()
+    key = json.dumps(text.to_diff_dict(), sort_keys=True, default=str)
+
+    def counted(tiles: int) -> AgainFlops:
+        return _counted_again(
+            architecture.model_type, key, _Same(text), memory.checkpointing, tiles, bool(memory.tiled_loss)
+        )
+
+    if not memory.tiled_mlp:
+        return counted(0)
+    # a checkpoint around n tiles saves the last, so the rest grows as a - b / n: hundreds of tiles are known from two
+    one, two = counted(1), counted(2)
+    n = tiles_of(memory.tiled_mlp, positions)
+    return AgainFlops(2 * two.linear - one.linear - 2 * (two.linear - one.linear) / n, two.attention)
+
+
+@functools.cache
+def _counted_again(
+    model_type: str, key: str, architecture: _Same, checkpointing: str, tiles: int, tiled_loss: bool
+) -> AgainFlops:
+    """A forward and backward on the meta device, less three forwards."""
+    if checkpointing == "none" and not tiles and not tiled_loss:
+        return AgainFlops()
+    once = _counted(model_type, key, architecture)
+    tokens = 16
+    with _on_meta(architecture.value) as (model, layers):
+        apply(model.train(), MemoryConfig("", checkpointing, tiled_mlp=tiles, tiled_loss=int(tiled_loss)))
+        inputs = _inputs(tokens)
+        with FlopCounterMode(display=False, custom_mapping=_CUSTOM) as counter:
+            model(**inputs, labels=inputs["input_ids"]).loss.backward()
+    return AgainFlops(counter.get_total_flops() / tokens - 3 * once.linear, tuple(layers[len(once.attention) :]))
+
+
+class _Attention(torch.autograd.Function):
+    """Shapes without arithmetic: attention's share grows with the square of the length and is counted by formula."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        ctx.save_for_backward(query, key, value)
+        return value.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        return tuple(torch.empty_like(x) for x in ctx.saved_tensors)
+
+
+@contextlib.contextmanager
+def _on_meta(architecture: PretrainedConfig) -> Iterator[tuple[PreTrainedModel, list[AttentionLayer]]]:
+    """The model without memory, and the list to which every call of its attention adds a layer. Within, the meta device
+    is the default."""
+    layers: list[AttentionLayer] = []
+
+    def attention(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, *args: Any, **kwargs: Any) -> Any:
+        """[batch, heads, tokens, dim] each."""
+        window = kwargs.get("sliding_window") or _window_of(module)
+        layers.append(AttentionLayer(query.shape[1], query.shape[3], value.shape[3], window))
+        return _Attention.apply(query, key, value), None
+
+    name = "ulysses_exp_flops"
+    ALL_ATTENTION_FUNCTIONS.register(name, attention)  # transformers makes no mask for a name that it does not know
+    config = architecture.__class__.from_dict(architecture.to_dict())
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        yield AutoModelForCausalLM.from_config(config, attn_implementation=name, dtype=torch.bfloat16), layers
+
+
+def _inputs(tokens: int) -> dict[str, Any]:
+    return {"input_ids": torch.zeros(1, tokens, dtype=torch.long), "position_ids": torch.arange(tokens)[None],
+            "attention_mask": None, "use_cache": False}  # fmt: skip
+
+
 def _grouped_mm_flops(a_shape: Any, b_shape: Any, *args: Any, **kwargs: Any) -> int:
     """Rows of `a`, [rows, in], are sorted by expert; `b` is [experts, in, out]: each row meets one expert."""
     return 2 * a_shape[0] * b_shape[1] * b_shape[2]
+
+
+_CUSTOM = {torch.ops.aten._grouped_mm: _grouped_mm_flops}
 
 
 def _window_of(module: Any) -> int | None:
@@ -145,33 +223,19 @@ def _window_of(module: Any) -> int | None:
 
 
 def step_flops(
-    architecture: PretrainedConfig,
-    *,
-    seq_len: int,
-    sequences: int,
-    recompute: bool,
-    tiled_mlp: bool = False,
-    tiled_loss: bool = False,
+    architecture: PretrainedConfig, *, seq_len: int, sequences: int, memory: MemoryConfig, sp: int
 ) -> StepFlops:
-    """FLOPs of an optimizer step over `sequences` sequences of `seq_len` tokens.
+    """FLOPs of an optimizer step over `sequences` sequences of `seq_len` tokens, each over `sp` ranks.
 
     A backward takes twice as many as its forward: for matrix products, one for the input's and one for the weight's
     gradient (Kaplan et al. 2020, arXiv 2001.08361, section 2.1). Norms, activation functions and the optimizer are not
     counted, nor is the recomputation inside a flash-attention backward.
-
-    Args:
-        recompute: every decoder layer runs forward twice (activation checkpointing).
-        tiled_mlp: so does every MLP, once more within the layer's second run.
-        tiled_loss: so does the output head.
     """
+
+    def flops(linear: float, attention: tuple[AttentionLayer, ...]) -> float:
+        return linear * seq_len + sum(layer.flops(seq_len) for layer in attention)
+
     once = forward_flops(architecture)
-    attention = sum(layer.flops(seq_len) for layer in once.attention)
-    forward = once.linear * seq_len + attention
-    again = 0.0
-    if recompute:
-        again += forward - once.head * seq_len
-    if tiled_mlp:
-        again += once.mlp * seq_len
-    if tiled_loss:
-        again += once.head * seq_len
-    return StepFlops(model=3 * forward * sequences, hardware=(3 * forward + again) * sequences)
+    again = again_flops(architecture, memory, seq_len // sp)
+    model = 3 * flops(once.linear, once.attention) * sequences
+    return StepFlops(model=model, hardware=model + flops(again.linear, again.attention) * sequences)

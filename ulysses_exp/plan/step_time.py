@@ -93,20 +93,19 @@ def work(config: Config) -> Work:
 
     architecture = pretrained_config(config)
     memory, train = config.memory, config.train
-    recompute = memory.checkpointing != "none"
     flops = step_flops(
         architecture,
         seq_len=train.seq_len,
         sequences=train.global_batch_size,
-        recompute=recompute,
-        tiled_mlp=memory.tiled_mlp != 0,
-        tiled_loss=memory.tiled_loss != 0,
+        memory=memory,
+        sp=config.sp.size,
     )
+    passes = 3 + (memory.checkpointing != "none")
     attention = sum(layer.flops(train.seq_len) for layer in forward_flops(architecture).attention)
     return Work(
         model=flops.model,
         hardware=flops.hardware,
-        attention_share=(3 + recompute) * attention * train.global_batch_size / flops.hardware,
+        attention_share=passes * attention * train.global_batch_size / flops.hardware,
     )
 
 

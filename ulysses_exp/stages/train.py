@@ -29,7 +29,8 @@ def train(session: Session) -> dict[str, Any]:
         session.engine.module.config,
         seq_len=config.train.seq_len,
         sequences=config.train.global_batch_size,
-        recompute=config.memory.checkpointing != "none",
+        memory=config.memory,
+        sp=config.sp.size,
     )
     peak = flops.peak_flops(session.describe()["device"], config.train.precision)
     steps: list[Step] = []
