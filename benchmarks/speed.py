@@ -5,7 +5,7 @@
 A round starts every program, one after the other, alone on the machine. Then all are held (SIGSTOP) and go on in turns
 of a second or a step, always from the end of a step to the end of a step: what else the machine does, and how fast its
 owner lets it be, comes to all of them alike. A figure is the median over turns, a ratio that of neighbouring turns,
-its spread the middle half of them. Writes benchmarks/results/speed.{json,md}.
+its spread the middle half of them. Writes benchmarks/results/speed.{json,md,png}.
 The losses have to agree (AdamW at sp > 1 hides upstream's gradient scale in them, see docs/findings.md).
 """
 
@@ -24,11 +24,15 @@ import time
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 import psutil
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+from ulysses_exp.report.style import COLOURS, HATCHES, RC, figure  # noqa: E402
+from ulysses_exp.report.units import of_seconds  # noqa: E402
 
 OURS = {"ours": [], "ours compiled": ["train.compile=true"]}
 ALONE = "torch's attention alone"
@@ -262,6 +266,7 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "speed.json").write_text(json.dumps(report, indent=1) + "\n")
     (arguments.out / "speed.md").write_text(markdown(report))
+    picture(report, arguments.out / "speed.png")
 
 
 def in_words(ratio: dict[str, Any]) -> str:
@@ -305,10 +310,55 @@ def markdown(report: dict[str, Any]) -> str:
                 f"| {row['seq_len']:,} | {row['layout']} | {name} | {cell['step_time_s']:.3f} s | {beside} | {rest} |"
             )
     return "\n".join(lines) + (
+        "\n\n![step times and times to the first step](speed.png)"
         "\n\nWhat the losses differ by grows with the steps: the peers' gradients are sp times too large "
         "(docs/findings.md, 1), of which AdamW hides all but what its epsilon lets through. Ours are the single "
         "process's (parity.md).\n\nArcticTraining: not run, it needs transformers < 5 and CUDA.\n"
     )
+
+
+def picture(report: dict[str, Any], path: Path) -> None:
+    """Step times over the recipe's with their middle half, and times from the command to the end of the first step."""
+    rows, base = report["rows"], "recipe" if "recipe" in report["programs"] else "ours"
+    steps, warm = [name for name in report["programs"] if name != ALONE], "ours, warm"
+    with matplotlib.rc_context(RC):
+        canvas = figure(9.5, 0.9 + 0.3 * len(rows) * (len(steps) + 1))
+        panels = canvas.subplots(1, 2)
+
+        def bars(axes: Any, names: list[str], value: Any, label: str) -> None:
+            """A group of bars a length; `value` of a row and name: its size, its text and, perhaps, its spread."""
+            for place, (row, name) in enumerate((row, name) for row in rows for name in names):
+                at = place + place // len(names)  # a gap between lengths
+                size, text, around = value(row, name)
+                look = [*steps, warm].index(name)
+                axes.barh(
+                    at, size, height=0.85, color=COLOURS[look], hatch=HATCHES[look], edgecolor="white", label=name
+                )
+                if around:
+                    axes.plot(around, (at, at), color="black", linewidth=1)
+                axes.annotate(f" {text}", (max(size, *around) if around else size, at), va="center", fontsize=8)
+            middles = [number * (len(names) + 1) + (len(names) - 1) / 2 for number in range(len(rows))]
+            axes.set_yticks(middles, [f"{row['seq_len']:,} tokens" for row in rows])
+            axes.set_xlim(0, axes.get_xlim()[1] * 1.25)
+            axes.set_xlabel(label)
+            axes.grid(axis="y", visible=False)
+            axes.invert_yaxis()
+
+        def step(row: dict[str, Any], name: str) -> tuple[float, str, list[float]]:
+            ratio = spread(row[name]["turns_s"], row[base]["turns_s"])
+            return ratio["median"], f"{ratio['median']:.2f}, {of_seconds(row[name]['step_time_s'])}", ratio["quartiles"]
+
+        def start(row: dict[str, Any], name: str) -> tuple[float, str, list[float]]:
+            seconds = row["warm_time_to_first_step_s"] if name == warm else row[name]["time_to_first_step_s"]
+            return seconds, of_seconds(seconds), []
+
+        bars(panels[0], steps, step, f"time of a step over the {base}'s, and the time")
+        bars(panels[1], [warm, *steps], start, "seconds from the command to the end of the first step")
+        handles, labels = panels[1].get_legend_handles_labels()
+        canvas.legend(
+            handles[: len(steps) + 1], labels[: len(steps) + 1], loc="outside upper left", ncols=len(steps) + 1
+        )
+        canvas.savefig(path, dpi=110)
 
 
 if __name__ == "__main__":
