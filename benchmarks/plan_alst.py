@@ -110,6 +110,7 @@ def configuration(row: Row) -> Config:
         offload_activations=row.offload_activations,
         tiled_mlp=math.ceil(local / HIDDEN) if row.tiled_mlp else 0,
         tiled_loss=math.ceil(VOCABULARY / HIDDEN) if row.tiled_loss else 0,
+        loss_in_place=False,
     )
     config.optim = OptimConfig(name="adamw")
     config.train = replace(

@@ -96,6 +96,7 @@ class MemoryConfig:
     offload_activations: bool = False
     tiled_mlp: int = 0  # tiles along the sequence, 0: off, -1: of 4,096 tokens each (four at least)
     tiled_loss: int = 0  # the same
+    loss_in_place: bool = True  # the loss's gradient takes the place of the logits, which are then in memory once
     expandable_segments: bool = False  # CUDA: the allocator grows its segments, so less is lost to fragments
 
 
@@ -221,11 +222,11 @@ class Config:
         return Layout(self.sp.size, self.dp.size, self.zero.stage)
 
     def reference(self) -> Config:
-        """The same experiment in the single process that layouts are compared with: transformers' own forward, without
-        tiles and compiler. Recomputation stays, which changes no number and may be needed for want of memory."""
+        """The same experiment in the single process that layouts are compared with: transformers' own forward and
+        loss, no tiles, no compiler. Recomputation stays: it changes no number and may be needed for want of memory."""
         return replace(
             self.at(Layout.parse(self.parity.reference)),
-            memory=replace(self.memory, tiled_mlp=0, tiled_loss=0),
+            memory=replace(self.memory, tiled_mlp=0, tiled_loss=0, loss_in_place=False),
             train=replace(self.train, compile=False),
         )
 

@@ -22,7 +22,8 @@ SP, LENGTH, ACCUMULATION, IGNORED_LABELS = 2, 64, 2, 5
 
 #: Tile counts that divide neither the local length nor each other: the last tile is shorter.
 OPTIONS: dict[str, dict[str, Any]] = {
-    "none": {},
+    "none": {"loss_in_place": False},
+    "loss_in_place": {},
     "non_reentrant": {"checkpointing": "non_reentrant"},
     "reentrant": {"checkpointing": "reentrant"},
     "offload": {"checkpointing": "non_reentrant", "offload_activations": True},

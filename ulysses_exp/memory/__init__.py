@@ -20,7 +20,7 @@ def apply(model: PreTrainedModel, memory: MemoryConfig) -> None:
 
     Args:
         model: a Hugging Face causal LM.
-        memory: what to switch on; the default switches nothing on.
+        memory: what to switch on; the default keeps every activation and takes the loss in place.
 
     Raises:
         ConfigError: the model has not what an option works on.
@@ -28,11 +28,14 @@ def apply(model: PreTrainedModel, memory: MemoryConfig) -> None:
     import torch
 
     from ulysses_exp.memory.checkpointing import checkpoint_layers
+    from ulysses_exp.memory.loss_in_place import take_loss_in_place
     from ulysses_exp.memory.tiled_loss import tile_loss
     from ulysses_exp.memory.tiled_mlp import tile_mlps
 
     if memory.expandable_segments and torch.cuda.is_available():
         torch.cuda.memory._set_allocator_settings("expandable_segments:True")
+    if memory.loss_in_place:
+        take_loss_in_place(model)
     if memory.tiled_mlp:
         tile_mlps(model, memory.tiled_mlp)
     if memory.checkpointing != "none":
