@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from ulysses_exp import models
-from ulysses_exp.config import Config, ModelConfig
+from ulysses_exp.config import Config, ConfigError, ModelConfig, architecture
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -53,6 +53,29 @@ def test_other_ranks_take_no_memory_for_the_weights():
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     assert size > 300e6
     assert _resident() - before < 0.1 * size
+
+
+def test_what_depends_on_the_layout_is_refused_also_where_only_the_models_type_says_so(tmp_path):
+    """GPT-2's configuration need not name its dropout of 0.1."""
+    config = Config(stages=["train"])
+    config.model = ModelConfig(
+        name="tiny", architecture={"model_type": "gpt2", "n_embd": 64, "n_layer": 1, "n_head": 4}
+    )
+    with pytest.raises(ConfigError, match=r"model\.architecture\.\w+_pdrop: 0\.1 draws other random numbers"):
+        models.build(config)
+    config.model.architecture |= {"resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0}
+    models.build(config)
+    config = configured(output_router_logits=True)
+    with pytest.raises(ConfigError, match="router"):
+        models.build(config)
+
+
+def test_the_architecture_overrides_a_folders(tmp_path):
+    models.build(configured()).config.save_pretrained(tmp_path)
+    config = Config()
+    config.model = ModelConfig("hub", {"num_hidden_layers": 1}, name_or_path=str(tmp_path), pretrained=False)
+    assert models.build(config).config.num_hidden_layers == 1
+    assert architecture(config)["num_hidden_layers"] == 1
 
 
 def _resident() -> int:

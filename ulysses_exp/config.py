@@ -44,7 +44,7 @@ class ModelConfig:
     architecture: dict[str, Any] = field(
         default_factory=dict
     )  # model_type and the arguments of its transformers config
-    name_or_path: str | None = None  # a local folder or a hub name; then `architecture` is empty
+    name_or_path: str | None = None  # a local folder or a hub name; then `architecture` overrides its configuration
     pretrained: bool = True  # with name_or_path: load its weights, or only its shape with random weights
     trust_remote_code: bool = False
 
@@ -343,18 +343,47 @@ def default_targets(config: Config) -> list[Layout]:
 
 
 def architecture(config: Config) -> dict[str, Any]:
-    """The model's configuration as far as it can be read without transformers; {} for a name on a hub."""
+    """The model's configuration as far as it can be read without transformers; only overrides for a name on a hub."""
     model = config.model
     if model.name_or_path is None:
         return dict(model.architecture)
     path = Path(model.name_or_path).expanduser() / "config.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
+    return (json.loads(path.read_text()) if path.is_file() else {}) | model.architecture
+
+
+def text_architecture(config: Config) -> dict[str, Any]:
+    """`architecture` of the part that reads text, where the model has others."""
+    known = architecture(config)
+    return known.get("text_config", known)
+
+
+#: Settings of heads that a causal LM does not have.
+_NOT_OF_THE_LM = ("classifier_", "summary_")
+
+
+def check_objective(config: Config, known: Mapping[str, Any]) -> None:
+    """Raises ConfigError where a model with the settings `known` trains on something that depends on the layout.
+
+    A router's loss is no sum over tokens: ranks and micro batches would each add their own. Dropout draws other random
+    numbers in every layout.
+    """
+    if known.get("output_router_logits"):
+        raise ConfigError(
+            "model.architecture.output_router_logits",
+            "a router's loss is not the mean over target tokens",
+            "set +model.architecture.output_router_logits=false",
+        )
+    if not {"train", "reload", "parity"} & set(config.stages):
+        return
+    for name, value in known.items():
+        if ("drop" in name and not name.startswith(_NOT_OF_THE_LM)) and isinstance(value, int | float) and value > 0:
+            key = f"model.architecture.{name}"
+            raise ConfigError(key, f"{value} draws other random numbers in every layout", f"set +{key}=0")
 
 
 def heads(config: Config) -> tuple[int, int] | None:
     """(query heads, KV heads) where the architecture tells, else None."""
-    known = architecture(config)
-    known = known.get("text_config", known)
+    known = text_architecture(config)
     query = known.get("num_attention_heads")
     return None if query is None else (int(query), int(known.get("num_key_value_heads") or query))
 
@@ -500,6 +529,7 @@ def check(config: Config) -> None:
     if c.data.name == "packed" and c.data.padding != "none":
         # transformers sees documents only where there is no padding mask: sp 1 and sp 2 would train different models
         raise ConfigError("data.padding", "packed sequences are full", "set data.padding=none, or data=text")
+    check_objective(c, text_architecture(c))
     if c.data.name == "hub" and not c.data.dataset:
         raise ConfigError("data.dataset", "data=hub names no dataset", "set a local folder or a hub name")
     if c.model.name_or_path is None and "model_type" not in c.model.architecture:

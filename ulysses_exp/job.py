@@ -17,7 +17,7 @@ from typing import Any
 
 from rich.console import Console
 
-from ulysses_exp.config import Config, ConfigError, architecture, device_of
+from ulysses_exp.config import Config, ConfigError, device_of, text_architecture
 from ulysses_exp.launch import RankFailure, Ranks, Task
 from ulysses_exp.layout import REFERENCE, Layout
 from ulysses_exp.report.terminal import Progress, summary
@@ -436,8 +436,7 @@ def _installed(name: str) -> bool:
 
 def _model_before_start(config: Config) -> dict[str, Any]:
     """What the configuration says of the model; the ranks replace it by what they built."""
-    known = architecture(config)
-    known = known.get("text_config", known)
+    known = text_architecture(config)
     heads = known.get("num_attention_heads", 0)
     return {
         "name": config.model.name if config.model.name_or_path is None else config.model.name_or_path,

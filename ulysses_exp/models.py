@@ -8,7 +8,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from ulysses_exp.config import Config, ConfigError
+from ulysses_exp.config import Config, ConfigError, check_objective
 
 
 def pretrained_config(config: Config) -> PretrainedConfig:
@@ -18,7 +18,9 @@ def pretrained_config(config: Config) -> PretrainedConfig:
         arguments = dict(model.architecture)
         return AutoConfig.for_model(arguments.pop("model_type"), **arguments)
     try:
-        return AutoConfig.from_pretrained(model.name_or_path, trust_remote_code=model.trust_remote_code)
+        return AutoConfig.from_pretrained(
+            model.name_or_path, trust_remote_code=model.trust_remote_code, **model.architecture
+        )
     except (OSError, ValueError) as error:
         problem = f"no model in {model.name_or_path} ({str(error).splitlines()[0]})"
         raise ConfigError("model.name_or_path", problem, "set a local folder or a hub name") from error
@@ -54,6 +56,7 @@ def build(config: Config, seed: int | None = None, rank: int = 0) -> PreTrainedM
 def _built(config: Config, with_weights: bool) -> PreTrainedModel:
     """In fp32, pretrained where so configured unless `with_weights` is False."""
     architecture = pretrained_config(config)
+    check_objective(config, architecture.get_text_config().to_dict())  # with the defaults of its type
     arguments = {"attn_implementation": config.sp.attention, "dtype": torch.float32}
     try:
         if config.model.name_or_path is not None and config.model.pretrained and with_weights:

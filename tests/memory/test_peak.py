@@ -28,11 +28,13 @@ def batch() -> dict[str, Any]:
     return {"input_ids": tokens[:, :-1], "labels": tokens[:, 1:], "shift_labels": tokens[:, 1:], "use_cache": False}
 
 
-def peak_bytes(model: torch.nn.Module) -> int:
+def peak_bytes(model: torch.nn.Module, backward: bool = True) -> int:
     """The running sum of the allocator's events, at its highest. The resident set would keep what malloc retains."""
     inputs = batch() | {"num_items_in_batch": LENGTH}
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        model(**inputs).loss.backward()
+        loss = model(**inputs).loss
+        if backward:
+            loss.backward()
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     now = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
@@ -55,6 +57,17 @@ def peak_bytes(model: torch.nn.Module) -> int:
 def test_peak_is_lower(monkeypatch, option: str, shape: dict[str, int], share: float) -> None:
     monkeypatch.setattr(loss_in_place, "AT_ONCE", 1 << 18)  # as little of these logits as of a large model's
     whole, saved = (peak_bytes(new_model("tiny_llama", each, **shape)) for each in ("none", option))
+    assert saved <= share * whole, f"{saved / 2**20:.1f} of {whole / 2**20:.1f} MiB, {saved / whole:.2f}"
+
+
+@pytest.mark.parametrize(("option", "share"), [("loss_in_place", 0.7), ("tiled_loss", 0.4)])
+def test_an_evaluation_with_labels_holds_less_too(monkeypatch, option: str, share: float) -> None:
+    monkeypatch.setattr(loss_in_place, "AT_ONCE", 1 << 18)
+    models = [new_model("tiny_llama", each, **WIDE_VOCABULARY).eval() for each in ("none", option)]
+    with torch.no_grad():
+        losses = [model(**batch(), num_items_in_batch=1).loss for model in models]
+        whole, saved = (peak_bytes(model, backward=False) for model in models)
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-6, atol=0)
     assert saved <= share * whole, f"{saved / 2**20:.1f} of {whole / 2**20:.1f} MiB, {saved / whole:.2f}"
 
 

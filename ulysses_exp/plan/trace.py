@@ -225,10 +225,7 @@ def _evaluate(session: Any) -> None:
     (batch,) = session.batches.whole()
     session.engine.eval()
     with torch.no_grad():
-        logits = evaluate._logits(session, batch, bypass=True)
-        torch.nn.functional.cross_entropy(
-            logits.flatten(0, 1), session.to_device(batch.labels).flatten(), reduction="sum"
-        )
+        evaluate.summed_loss(session, batch, bypass=True)
 
 
 @contextlib.contextmanager

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 
 from ulysses_exp.data import MicroBatch
+from ulysses_exp.data.sequences import IGNORED
 from ulysses_exp.session import Session
 
 #: Relative. The two modes do the same sums in another order; measured in fp32: 0 to 1e-7.
@@ -80,21 +80,31 @@ def _free_bytes(session: Session) -> int:
     return int(tightest)
 
 
-def _logits(session: Session, batch: MicroBatch, bypass: bool) -> torch.Tensor:
-    """[batch, tokens of `batch`, vocabulary] in fp32."""
+def _forward(session: Session, batch: MicroBatch, bypass: bool, **labels: Any) -> Any:
     session.attention.disable_in_eval = bypass
     mask = batch.global_mask
     if not bypass:
         session.attention.begin(batch.global_position_ids, mask)
     whole = bypass or session.layout.sp == 1
     move = session.to_device
-    output = session.engine(
+    return session.engine(
         input_ids=move(batch.input_ids),
         position_ids=move(batch.position_ids),
         attention_mask=move(mask) if whole and mask is not None else None,
         use_cache=False,
+        **labels,
     )
-    return output.logits.float()
+
+
+def summed_loss(session: Session, batch: MicroBatch, bypass: bool) -> torch.Tensor:
+    """Of the targets in `batch`, computed as in training: in tiles where the loss is tiled, else from the logits."""
+    labels = session.to_device(batch.labels)
+    return _forward(session, batch, bypass, labels=labels, shift_labels=labels, num_items_in_batch=1).loss
+
+
+def _logits(session: Session, batch: MicroBatch, bypass: bool) -> torch.Tensor:
+    """[batch, tokens of `batch`, vocabulary] in fp32."""
+    return _forward(session, batch, bypass).logits.float()
 
 
 def _loss(session: Session, bypass: bool) -> dict[str, Any]:
@@ -109,11 +119,10 @@ def _loss(session: Session, bypass: bool) -> dict[str, Any]:
     for i in range(rounds):
         index = i * owners + mine
         batch = session.batches.micro_batch("eval", [min(index, total - 1)], whole=bypass)
-        logits = _logits(session, batch, bypass)
+        summed = summed_loss(session, batch, bypass)
         if index < total:
-            labels = session.to_device(batch.labels)
-            sums[0] += F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum").double()
-            sums[1] += (labels != -100).sum()
+            sums[0] += summed.double()
+            sums[1] += int((batch.labels != IGNORED).sum())
             sums[2] += batch.global_tokens / (1 if bypass else layout.sp)
     calls = torch.tensor(session.all_to_alls.since(mark)[0], device=session.device)
     dist.all_reduce(sums)
