@@ -61,6 +61,7 @@ def test_it_is_used_where_a_backward_follows_and_the_kernel_is_that_one() -> Non
     assert not cpu_causal.helps(*(x.bfloat16() for x in ours))
     assert not cpu_causal.helps(*(x[:, :, :511] for x in ours))
     assert not cpu_causal.helps(ours[0], ours[1], ours[2][..., :8])
+    assert not cpu_causal.helps(*inputs(1, 2, 1, 512, 128, torch.float32))
 
 
 def test_no_second_derivative_is_made_up() -> None:

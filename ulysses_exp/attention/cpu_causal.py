@@ -3,9 +3,9 @@
 The backward of torch 2.13's CPU flash attention (aten/src/ATen/native/cpu/FlashAttentionKernel.cpp,
 `cpu_flash_attention_backward`) works on tiles of 256 queries x 512 keys, of which it holds scores and their gradients:
 1 MiB, which the second-level cache of most cores cannot keep beside what is read. Given 128 keys at a time the same
-kernel takes 0.7 to 0.9 of the time, forward and backward together, from 512 to 16,384 tokens
-(benchmarks/attention_cpu.py). The forward, which has one such tile, gains nothing; in bf16 the kernel is another one
-and loses.
+kernel takes, forward and backward together, 0.77 to 0.91 of the time for heads of 16 and 0.85 to 0.97 for heads of 64,
+from 512 to 16,384 tokens (benchmarks/results/attention_cpu.md). Heads of 128 gain nothing in long sequences, nor does
+the forward, which has one such tile; in bf16 the kernel is another one and loses.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from torch.autograd.function import once_differentiable
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
-#: Shorter sequences fit the cache as they are.
-SHORTEST = 512
+#: Shorter sequences fit the cache as they are; of larger heads, products take the time and not the scores.
+SHORTEST, LARGEST_HEAD = 512, 64
 
 
 def helps(query: Tensor, key: Tensor, value: Tensor) -> bool:
@@ -29,6 +29,7 @@ def helps(query: Tensor, key: Tensor, value: Tensor) -> bool:
         query.device.type == "cpu"
         and query.dtype == torch.float32
         and query.shape[2] >= SHORTEST
+        and query.shape[3] <= LARGEST_HEAD
         and query.shape[3] == value.shape[3]  # else torch has no flash kernel
         and all(x.stride(3) == 1 for x in (query, key, value))
         and torch.is_grad_enabled()
