@@ -103,17 +103,18 @@ def _by_block(
         for target, found in zip(gradients, _gradients(q, k, scaling, causal=True), strict=True):
             target[:, :, part].unflatten(2, (rows, -1)).copy_(found.unflatten(0, (batch, rows)).transpose(1, 2))
 
+    def of_later_queries(keys: slice) -> None:
+        """What queries after the block `keys` see of it. What it makes is freed before the next block."""
+        after = slice(keys.stop, tokens)
+        found = _gradients([x[:, :, after] for x in by_query], [x[:, :, keys] for x in by_key], scaling, causal=False)
+        for target, place, part in zip(gradients, (after, keys, keys), found, strict=True):
+            target[:, :, place] += part
+
     within(slice(0, whole), blocks)
     if whole < tokens:
         within(slice(whole, tokens), 1)
-    for start in range(0, whole, block):
-        keys, after = slice(start, start + block), slice(start + block, tokens)
-        if after.start == tokens:
-            break
-        places = (after, keys, keys)
-        found = _gradients([x[:, :, after] for x in by_query], [x[:, :, keys] for x in by_key], scaling, causal=False)
-        for target, place, part in zip(gradients, places, found, strict=True):
-            target[:, :, place] += part
+    for stop in range(block, tokens, block):
+        of_later_queries(slice(stop - block, stop))
     return gradients
 
 
