@@ -17,7 +17,7 @@ from torch.nn.functional import pad
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-IGNORED = -100
+from ulysses_exp.memory.tiled_loss import IGNORED
 
 #: Logits that are in fp32 at once: 32 MiB of them, or where that would make more parts a part in MOST_PARTS.
 AT_ONCE, MOST_PARTS = 1 << 23, 256
@@ -73,9 +73,8 @@ class _Summed(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        logits, targets, counts, normalizer = (
-            ctx.saved_tensors
-        )  # a second backward finds them changed, and torch says so
+        # torch refuses a second time: the logits have changed
+        logits, targets, counts, normalizer = ctx.saved_tensors
         scale = grads[0] * counts
         parts = zip(*(_in_parts(x, logits.shape[1]) for x in (logits, targets, normalizer, scale)), strict=True)
         for rows, target, norm, factor in parts:

@@ -67,11 +67,9 @@ class AttentionLayer:
 
 @dataclass(frozen=True)
 class ForwardFlops:
-    """What a forward computes: operations a token of all linear layers, of the MLPs and the head alone, attention."""
+    """What a forward computes: operations a token of all linear layers, and attention."""
 
     linear: float
-    mlp: float
-    head: float
     attention: tuple[AttentionLayer, ...]
 
 
@@ -109,14 +107,7 @@ def _counted(model_type: str, key: str, architecture: _Same) -> ForwardFlops:
     counter = FlopCounterMode(display=False, custom_mapping=_CUSTOM)
     with _on_meta(architecture.value) as (model, layers), torch.no_grad(), counter:
         model(**_inputs(tokens))
-    embedding = model.get_output_embeddings()
-    mlps = {m for n, m in model.named_modules() if n.rpartition(".")[2] == "mlp" and hasattr(m, "down_proj")}
-    return ForwardFlops(
-        linear=counter.get_total_flops() / tokens,
-        mlp=sum(2.0 * p.numel() for m in mlps for p in m.parameters() if p.dim() == 2),
-        head=2.0 * embedding.weight.numel(),
-        attention=tuple(layers),
-    )
+    return ForwardFlops(linear=counter.get_total_flops() / tokens, attention=tuple(layers))
 
 
 @dataclass(frozen=True)
