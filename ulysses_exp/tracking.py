@@ -34,6 +34,7 @@ from types import TracebackType
 from typing import Any, Literal
 
 from ulysses_exp.config import Config
+from ulysses_exp.redaction import without_secrets
 
 PROBE_S = 3  # an online server that does not answer a small request in this time is not waited for
 INIT_S = 10  # for the server to open the run
@@ -55,8 +56,6 @@ RELOAD_COLUMNS = (
     "source", "target", "route", "status", "weights_bit_exact", "optimizer_bit_exact",
     "continuation_max_abs_loss_diff", "seconds", "reason",
 )  # fmt: skip
-
-_SECRET = re.compile(r"token$|secret|password|api_?key|credential", re.IGNORECASE)
 
 
 class Tracker:
@@ -102,7 +101,7 @@ class Tracker:
             "name": name,
             "group": group,
             "tags": sorted({tag[:64] for tag in (*tags, *config.tracker.tags) if tag}),
-            "config": _without_secrets(resolved) | (_flat(config) if resolved else {}),
+            "config": without_secrets(resolved) | (_flat(config) if resolved else {}),
         }
         self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
@@ -345,14 +344,6 @@ def _flat(config: Config) -> dict[str, Any]:
     }
 
 
-def _without_secrets(node: Any) -> Any:
-    if isinstance(node, Mapping):
-        return {k: "***" if _SECRET.search(str(k)) and v else _without_secrets(v) for k, v in node.items()}
-    if isinstance(node, (list, tuple)):
-        return [_without_secrets(item) for item in node]
-    return node
-
-
 def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
@@ -390,7 +381,7 @@ def sync(paths: Iterable[Path]) -> int:
         # the client would put its logs into ./wandb, and reads the server's address from the user's settings only
         environment = {**os.environ, **_support(Path(place)), "WANDB_DIR": place, "WANDB_BASE_URL": server}
         return subprocess.run(
-            [sys.executable, "-m", "wandb", "sync", "--include-online", *map(str, runs)], env=environment
+            [sys.executable, "-P", "-m", "wandb", "sync", "--include-online", *map(str, runs)], env=environment
         ).returncode
 
 
@@ -413,7 +404,7 @@ def browse(paths: Iterable[Path]) -> int:
             print("no W&B run below", *map(str, paths), file=sys.stderr)
             return 1
         return subprocess.run(
-            [sys.executable, "-m", "wandb", "leet", str(gathered)], env={**os.environ, "WANDB_DIR": place}
+            [sys.executable, "-P", "-m", "wandb", "leet", str(gathered)], env={**os.environ, "WANDB_DIR": place}
         ).returncode
 
 
