@@ -37,9 +37,9 @@ _LARGEST_CARD = 1_000_000  # bytes of a data set's README.md
 def check(config: Config) -> None:
     """Raises ConfigError where a local folder that `config` names would have something read from elsewhere."""
     model, data = config.model, config.data
-    for name in model.architecture:
-        if name in _OF_THE_LOADER or str(name).startswith("_"):
-            raise ConfigError(f"model.architecture.{name}", "is no part of an architecture", "leave it out")
+    for argument in model.architecture:
+        if argument in _OF_THE_LOADER or str(argument).startswith("_"):
+            raise ConfigError(f"model.architecture.{argument}", "is no part of an architecture", "leave it out")
     folders: tuple[tuple[str, str | None, Callable[[Path], None]], ...] = (
         ("model.name_or_path", model.name_or_path, lambda f: check_model(f, weights=model.pretrained)),
         ("data.tokenizer", data.tokenizer, lambda f: check_model(f, weights=False)),

@@ -109,7 +109,8 @@ class Manifest:
         if not isinstance(self.engine, dict) or not isinstance(self.state, dict):
             raise TypeError("engine and state are not tables")
         for name in ("global_steps", "global_samples", "skipped_steps"):
-            if not _counts(self.engine.get(name)):
+            count = self.engine.get(name)  # DeepSpeed counts samples in floats under sequence parallelism
+            if not _is_number(count) or not 0 <= count < _MOST:  # type: ignore[operator]
                 raise TypeError(f"engine.{name} is not a count")
         groups = self.engine.get("groups")
         if not isinstance(groups, list) or not all(isinstance(g, dict) and _is_number(g.get("lr")) for g in groups):
