@@ -35,6 +35,7 @@ from typing import Any, Literal
 
 from ulysses_exp.config import Config
 from ulysses_exp.redaction import without_secrets
+from ulysses_exp.wandb_server import foreign_settings, server
 
 PROBE_S = 3  # an online server that does not answer a small request in this time is not waited for
 INIT_S = 10  # for the server to open the run
@@ -145,6 +146,7 @@ class Tracker:
     # What follows runs in the tracker's thread.
 
     def _work(self) -> None:
+        self._base_url = server()
         support = _support(self._folder)
         previous = {key: os.environ.get(key) for key in support}
         os.environ.update(support)
@@ -170,9 +172,10 @@ class Tracker:
     def _open(self) -> Any:
         import wandb
 
-        self._base_url = wandb.setup(wandb.Settings(silent=True)).settings.base_url  # silent before anything is said
+        # silent before anything is said
+        wandb.setup(wandb.Settings(silent=True, base_url=self._base_url))
         if self._mode == "online":
-            problem = unreachable(self._base_url, PROBE_S)
+            problem = foreign_settings(self._base_url) or unreachable(self._base_url, PROBE_S)
             if problem is None:
                 try:
                     run = self._init("online")
@@ -372,14 +375,15 @@ def sync(paths: Iterable[Path]) -> int:
     if not runs:
         print("nothing to upload: every run below", *paths, "has been sent, or was not tracked")
         return 0
-    server = wandb.setup(wandb.Settings(silent=True)).settings.base_url
-    problem = unreachable(server, PROBE_S)
+    base_url = server()
+    wandb.setup(wandb.Settings(silent=True, base_url=base_url))
+    problem = foreign_settings(base_url) or unreachable(base_url, PROBE_S)
     if problem is not None:
         print(f"W&B is not reachable ({problem}); {len(runs)} run(s) wait on disk", file=sys.stderr)
         return 1
     with tempfile.TemporaryDirectory() as place:
         # the client would put its logs into ./wandb, and reads the server's address from the user's settings only
-        environment = {**os.environ, **_support(Path(place)), "WANDB_DIR": place, "WANDB_BASE_URL": server}
+        environment = {**os.environ, **_support(Path(place)), "WANDB_DIR": place, "WANDB_BASE_URL": base_url}
         return subprocess.run(
             [sys.executable, "-P", "-m", "wandb", "sync", "--include-online", *map(str, runs)], env=environment
         ).returncode
