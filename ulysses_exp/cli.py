@@ -32,8 +32,9 @@ def main() -> None:
     if os.environ.get("RANK", "0") != "0" and "launch=attached" in arguments.overrides:
         from ulysses_exp.launch.attached import serve
 
-        sys.exit(serve())
+        sys.exit(serve(lambda: _own_configuration(arguments.overrides)))
     asks = arguments.help or arguments.hydra_help or arguments.cfg or arguments.info or arguments.shell_completion
+    from ulysses_exp.redaction import check_overrides, redacted
     from ulysses_exp.sweep import Sweep
 
     sweep = Sweep()
@@ -41,6 +42,7 @@ def main() -> None:
     try:
         _register_resolvers(axes)
         if not asks:
+            check_overrides(arguments.overrides)
             jobs = sweep_overrides(arguments.overrides, arguments.multirun)
             if jobs is not None:
                 flags = [word for word in sys.argv[1:] if word not in arguments.overrides]
@@ -58,7 +60,7 @@ def main() -> None:
         message = _user_message(error)
         if message is None:
             raise
-        print(message, file=sys.stderr)
+        print(redacted(message), file=sys.stderr)
         sys.exit(2)
     if arguments.multirun:
         if not sweep.outcomes:  # another launcher than Hydra's own had them run elsewhere
@@ -176,9 +178,26 @@ def _several_sources(overrides: list[str]) -> list[str] | None:
         if key == "checkpoint.source":
             folders = run_folders(value.strip("'\""))
             if len(folders) > 1:
-                choice = ",".join(f"'{folder}'" for folder in folders)
+                choice = ",".join(_quoted(folder) for folder in folders)
                 return [*overrides[:i], f"checkpoint.source={choice}", *overrides[i + 1 :]]
     return None
+
+
+def _quoted(folder: Path) -> str:
+    """As Hydra's grammar reads it back."""
+    text = re.sub(r"(\\+)(?='|$)", r"\1\1", str(folder)).replace("'", "\\'")
+    return f"'{text}'"
+
+
+def _own_configuration(overrides: list[str]) -> Config:
+    """What this process was itself asked for, by its command line and configuration files."""
+    from hydra import compose, initialize_config_dir
+    from omegaconf import OmegaConf
+
+    import ulysses_exp.config  # noqa: F401  registers the schema
+
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return OmegaConf.to_object(compose("config", overrides))  # type: ignore[return-value]
 
 
 def _hydra(sweep: Sweep) -> None:
@@ -206,6 +225,7 @@ def _run_job(cfg: Any, sweep: Sweep) -> float | None:
     from ulysses_exp import config as schema
     from ulysses_exp import sources
     from ulysses_exp import sweep as sweeps
+    from ulysses_exp.redaction import redacted
 
     hydra_config = HydraConfig.get()
     folder = Path(hydra_config.runtime.output_dir)
@@ -219,11 +239,12 @@ def _run_job(cfg: Any, sweep: Sweep) -> float | None:
         if not multirun:
             raise
         sweeps.clear(folder)
-        (folder / "results.json").write_text(json.dumps(sweeps.skipped(cfg, str(error)), indent=1))
+        (folder / "results.json").write_text(redacted(json.dumps(sweeps.skipped(cfg, str(error)), indent=1)))
         sweep.add("skipped", name, str(error), ran=False)
         console.print(f"[yellow]skipped[/] {name}: {error}", highlight=False, soft_wrap=True)
         return None
-    OmegaConf.save(cfg, folder / ".hydra" / "config.yaml")  # with what it inherits from checkpoint.source
+    # with what it inherits from checkpoint.source, and without interpolations: whoever reads it resolves none
+    OmegaConf.save(cfg, folder / ".hydra" / "config.yaml", resolve=True)
     if multirun and sweeps.finished(config, folder):
         sweep.add("ok", name, None, ran=False)
         console.print(f"[green]done[/] {name}", highlight=False, soft_wrap=True)

@@ -12,8 +12,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -38,6 +38,14 @@ class ConfigError(Exception):
         return f"{key}: {problem}; {instead}"
 
 
+def _door(closed: Any, opens: Callable[[Any], bool] = bool) -> Any:
+    """A setting that can let somebody else's code in, or data out; `opens` says which values do.
+
+    It is opened by the user of a job alone, never by a run folder that the job starts from.
+    """
+    return field(default=closed, metadata={"opens": opens})
+
+
 @dataclass
 class ModelConfig:
     name: str = MISSING
@@ -46,13 +54,13 @@ class ModelConfig:
     )  # model_type and the arguments of its transformers config
     name_or_path: str | None = None  # a local folder or a hub name; then `architecture` overrides its configuration
     pretrained: bool = True  # with name_or_path: load its weights, or only its shape with random weights
-    trust_remote_code: bool = False
+    trust_remote_code: bool = _door(False)
 
 
 @dataclass
 class SequenceParallelConfig:
     size: int = 2
-    attention: str = "sdpa"
+    attention: str = _door("sdpa", lambda name: "/" in str(name))  # a name with a slash is code on a hub
     exchange: str = "fused"
 
 
@@ -141,7 +149,7 @@ class CheckpointConfig:
     source: str | None = None
     every: int = 0  # optimizer steps between saves during training, 0: only at the end
     keep: int = 2
-    trust_pickle: bool = False  # open DeepSpeed's own (pickled) files of `source`
+    trust_pickle: bool = _door(False)  # open DeepSpeed's own (pickled) files of `source`
 
 
 @dataclass
@@ -165,7 +173,7 @@ class PlanConfig:
 
 @dataclass
 class TrackerConfig:
-    mode: str = "offline"
+    mode: str = _door("offline", lambda mode: mode == "online")
     project: str = "ulysses-exp"
     entity: str | None = None
     tags: list[str] = field(default_factory=list)
@@ -279,6 +287,18 @@ def known_keys(node: type = Config, prefix: str = "") -> Iterator[str]:
             yield from known_keys(kind, f"{prefix}{name}.")  # type: ignore[arg-type]
 
 
+def doors(node: type = Config, prefix: str = "") -> dict[str, Callable[[Any], bool]]:
+    """Every key that can let code in or data out, with what tells whether a value does."""
+    found: dict[str, Callable[[Any], bool]] = {}
+    for f in fields(node):
+        kind = get_type_hints(node)[f.name]
+        if is_dataclass(kind):
+            found |= doors(kind, f"{prefix}{f.name}.")  # type: ignore[arg-type]
+        elif "opens" in f.metadata:
+            found[prefix + f.name] = f.metadata["opens"]
+    return found
+
+
 def nearest(word: str, choices: list[str]) -> str:
     """The choice that `word` was probably meant to be, or all of them."""
     match = difflib.get_close_matches(word, choices, 1, 0.5)
@@ -314,6 +334,9 @@ def resolve(cfg: DictConfig) -> Config:
     if missing:
         raise ConfigError(missing[0], "has no value", f"set {missing[0]}=...")
     config: Config = OmegaConf.to_object(cfg)  # type: ignore[assignment]
+    from ulysses_exp import redaction
+
+    redaction.check_configuration(asdict(config))
     check(config)
     if config.reload.layouts is None:
         config.reload.layouts = [layout.name for layout in default_targets(config)]
@@ -529,6 +552,9 @@ def check(config: Config) -> None:
     if c.data.name == "packed" and c.data.padding != "none":
         # transformers sees documents only where there is no padding mask: sp 1 and sp 2 would train different models
         raise ConfigError("data.padding", "packed sequences are full", "set data.padding=none, or data=text")
+    from ulysses_exp import foreign
+
+    foreign.check(c)
     check_objective(c, text_architecture(c))
     if c.data.name == "hub" and not c.data.dataset:
         raise ConfigError("data.dataset", "data=hub names no dataset", "set a local folder or a hub name")

@@ -17,9 +17,13 @@ from typing import Any
 
 from rich.console import Console
 
+from ulysses_exp import redaction, sources
+from ulysses_exp.checkpoints.errors import CheckpointError
+from ulysses_exp.checkpoints.manifest import Manifest
 from ulysses_exp.config import Config, ConfigError, device_of, text_architecture
 from ulysses_exp.launch import RankFailure, Ranks, Task
 from ulysses_exp.layout import REFERENCE, Layout
+from ulysses_exp.received import Refused
 from ulysses_exp.report.terminal import Progress, summary
 from ulysses_exp.sweep import fingerprint
 from ulysses_exp.tracking import Tracker
@@ -214,7 +218,7 @@ class Job:
         out = self.folder / "ranks" / "huggingface.json"
         out.parent.mkdir(exist_ok=True)
         command = [
-            sys.executable, "-m", "ulysses_exp.checkpoints.huggingface_check", str(source.checkpoint),
+            sys.executable, "-P", "-m", "ulysses_exp.checkpoints.huggingface_check", str(source.checkpoint),
             "--out", str(out), "--wait",
         ]  # fmt: skip
         pipe = subprocess.PIPE
@@ -301,28 +305,32 @@ class Job:
     def _source_options(self) -> dict[str, Any]:
         if self.config.checkpoint.source is None:
             return {}
-        return {"checkpoint": str(_checkpoint_of(Path(self.config.checkpoint.source).expanduser()))}
+        return {"checkpoint": str(_checkpoint_of(self.config.checkpoint.source))}
 
     def _source(self, note: Callable[[str], None]) -> Source:
         train = self.results["stages"].get("train")
         if train is not None:
             losses = _read_if_there(self.folder / "ranks" / "main" / "continuation.json").get("loss")
             return Source(self.folder / train["checkpoint"], self.config.layout, losses)
-        run_folder = Path(self.config.checkpoint.source or "").expanduser()
-        checkpoint = _checkpoint_of(run_folder)
-        results = _read_if_there(run_folder / "results.json")
+        folder = sources.run_folders(self.config.checkpoint.source or "")[0]
+        checkpoint = _checkpoint_of(str(folder))
         try:
-            layout = Layout.parse(_read(checkpoint / "manifest.json")["layout"])
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise StageFailure(f"{checkpoint / 'manifest.json'} is no checkpoint's manifest ({error})") from error
-        losses = results.get("stages", {}).get("train", {}).get("continuation_loss")
-        if (losses is None or len(losses) < self.config.reload.steps) and self.config.reload.steps:
-            note(f"continuing {run_folder.name} at {layout} for comparison")
+            saved = Layout.parse(Manifest.read(checkpoint).layout)
+        except CheckpointError as error:
+            raise StageFailure(str(error)) from error
+        losses = None
+        try:
+            losses = sources.continuation_losses(folder, self.config.reload.steps)
+        except Refused as error:
+            note(f"{error}; its losses are computed again")
+        if losses is None and self.config.reload.steps:
+            layout = sources.comparison_layout(self.config, saved)
+            note(f"continuing {folder.name} at {layout} for comparison")
             task = Task("continuation", self.config.at(layout), ("continuation",), self.folder,
                         {"checkpoint": str(checkpoint)})  # fmt: skip
             self._do(task)
             losses = _read(task.results / "continuation.json")["loss"]
-        return Source(checkpoint, layout, losses)
+        return Source(checkpoint, saved, losses)
 
     def _collect(self) -> None:
         """Takes over what the main task has left so far, also when a later part of it failed."""
@@ -354,6 +362,7 @@ class Job:
 
     def write(self) -> None:
         """results.json, whole or not at all."""
+        self.results = redaction.redacted_results(self.results)
         temporary = self.folder / "results.json.tmp"
         temporary.write_text(json.dumps(self.results, indent=1, allow_nan=True))
         temporary.replace(self.folder / "results.json")
@@ -416,7 +425,7 @@ def following(path: Path, progress: Progress, tracker: Tracker) -> Iterator[None
 def _run_log(folder: Path) -> Iterator[None]:
     """run.log: what happened, with the full traces that the terminal is spared."""
     handler = logging.FileHandler(folder / "run.log")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handler.setFormatter(redaction.Redacting("%(asctime)s %(levelname)s %(message)s"))
     log.setLevel(logging.INFO)
     log.addHandler(handler)
     try:
@@ -449,14 +458,13 @@ def _model_before_start(config: Config) -> dict[str, Any]:
     }
 
 
-def _checkpoint_of(run_folder: Path) -> Path:
-    """The newest checkpoint of a run folder, or the folder itself where it is one. Raises StageFailure."""
-    if (run_folder / "manifest.json").exists():
-        return run_folder
-    latest = run_folder / "checkpoints" / "latest"
-    if not latest.exists():
-        raise StageFailure(f"{run_folder} holds no checkpoint (no checkpoints/latest)")
-    return latest.parent / latest.read_text().strip()
+def _checkpoint_of(source: str) -> Path:
+    """The newest checkpoint of what `checkpoint.source` names. Raises StageFailure."""
+    folders = sources.run_folders(source)
+    try:
+        return sources.newest_checkpoint(folders[0] if folders else Path(source).expanduser())
+    except Refused as error:
+        raise StageFailure(str(error)) from error
 
 
 def _append(path: Path, entry: dict[str, Any]) -> None:

@@ -18,12 +18,16 @@ def pretrained_config(config: Config) -> PretrainedConfig:
         arguments = dict(model.architecture)
         return AutoConfig.for_model(arguments.pop("model_type"), **arguments)
     try:
-        return AutoConfig.from_pretrained(
+        found = AutoConfig.from_pretrained(
             model.name_or_path, trust_remote_code=model.trust_remote_code, **model.architecture
         )
     except (OSError, ValueError) as error:
         problem = f"no model in {model.name_or_path} ({str(error).splitlines()[0]})"
         raise ConfigError("model.name_or_path", problem, "set a local folder or a hub name") from error
+    if getattr(found, "quantization_config", None) is not None:
+        problem = f"{model.name_or_path} is quantized, which needs code of its own and does not train"
+        raise ConfigError("model.name_or_path", problem, "set a model in full precision")
+    return found
 
 
 def build(config: Config, seed: int | None = None, rank: int = 0) -> PreTrainedModel:
@@ -64,6 +68,7 @@ def _built(config: Config, with_weights: bool) -> PreTrainedModel:
                 config.model.name_or_path,
                 config=architecture,
                 trust_remote_code=config.model.trust_remote_code,
+                use_safetensors=True,  # never a pickle
                 **arguments,
             )
         return AutoModelForCausalLM.from_config(

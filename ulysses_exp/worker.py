@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import traceback
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -19,6 +20,7 @@ from ulysses_exp.launch import failure
 from ulysses_exp.launch.orphans import die_with_parent
 from ulysses_exp.launch.task import Task
 from ulysses_exp.memory_limit import held, limited
+from ulysses_exp.redaction import redacted
 from ulysses_exp.session import Session, open_session
 from ulysses_exp.stages import continuation, evaluate, longest, parity, reload, train
 
@@ -47,6 +49,9 @@ def run(task: Task, rank: int, store: dist.Store) -> None:
                     _leave(task.results / f"{work}.json", result)
     except BaseException as error:
         failure.record(task.results, rank, error)
+        trace = "".join(traceback.format_exception(error))
+        if redacted(trace) != trace:  # whoever started this rank would write the error down as it is
+            raise RuntimeError(f"see {task.results / f'error-rank{rank}.json'}") from None
         raise
 
 

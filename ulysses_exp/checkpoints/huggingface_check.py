@@ -33,10 +33,17 @@ def check(folder: Path, digests: dict[str, str] | None, batch: Path | None) -> d
     from transformers import AutoModelForCausalLM
 
     from ulysses_exp.checkpoints.digest import digest, to_hex
+    from ulysses_exp.foreign import check_model
 
+    check_model(folder, weights=True)
     began = time.perf_counter()
     opened: Any = AutoModelForCausalLM.from_pretrained(
-        folder, use_safetensors=True, local_files_only=True, dtype="auto", output_loading_info=True
+        folder,
+        use_safetensors=True,
+        local_files_only=True,
+        trust_remote_code=False,
+        dtype="auto",
+        output_loading_info=True,
     )
     model, report = opened
     result: dict[str, Any] = {
@@ -67,10 +74,15 @@ def import_what_loading_needs(folder: Path) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from ulysses_exp.foreign import check_model
+    from ulysses_exp.received import Refused
+
     try:
+        check_model(_exported(folder), weights=True)
         with torch.device("meta"):
-            AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(_exported(folder), local_files_only=True))
-    except (OSError, ValueError):
+            config = AutoConfig.from_pretrained(_exported(folder), local_files_only=True, trust_remote_code=False)
+            AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except (OSError, ValueError, Refused):
         return  # loading says what is wrong
 
 
@@ -101,6 +113,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from ulysses_exp.checkpoints.manifest import Manifest
 
             digests = Manifest.read(folder).module
+            from ulysses_exp.received import inside
+
+            inside(_exported(folder), folder)
             folder = _exported(folder)
         if chosen.fingerprint is not None:
             digests = json.loads(chosen.fingerprint.read_text())

@@ -41,9 +41,22 @@ def restore(engine: deepspeed.DeepSpeedEngine, state: dict[str, Any]) -> None:
     for group, saved in zip(engine.basic_optimizer.param_groups, state["groups"], strict=True):
         group["lr"] = saved["lr"]
     if engine.lr_scheduler is not None and state["scheduler"] is not None:
-        engine.lr_scheduler.load_state_dict(state["scheduler"])
+        engine.lr_scheduler.load_state_dict(_known(state["scheduler"], engine.lr_scheduler.state_dict()))
     if len(state["generators"]) == dist.get_world_size():
         _restore_generators(state["generators"][dist.get_rank()])
+
+
+def _known(saved: dict[str, Any], current: dict[str, Any]) -> dict[str, Any]:
+    """Those entries that the scheduler has, which torch makes its attributes. Raises TypeError for one of another type.
+
+    Entries that only another version of torch knows are left out.
+    """
+    for name, value in current.items():
+        if name not in saved or type(saved[name]) is not type(value):
+            raise TypeError(f"scheduler.{name}")
+        if isinstance(value, list) and [*map(type, saved[name])] != [*map(type, value)]:
+            raise TypeError(f"scheduler.{name}")
+    return {name: saved[name] for name in current}
 
 
 def _generators() -> dict[str, str]:

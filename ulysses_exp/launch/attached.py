@@ -2,15 +2,19 @@
 
 Rank 0 is also the parent: it alone composes the configuration and owns the output folder. The others wait on the
 launcher's store for tasks. A task that needs fewer ranks runs on the first ones.
+
+The store listens on the launcher's network, and anybody there can write to it. So a task comes as data, never as a
+pickle, and what would let code in has to be in the command of the rank itself.
 """
 
 from __future__ import annotations
 
 import os
-import pickle
 import sys
+from collections.abc import Callable
 from datetime import timedelta
 
+from ulysses_exp.config import Config, doors
 from ulysses_exp.launch.environment import prepare
 from ulysses_exp.launch.failure import RankFailure, first_failure
 from ulysses_exp.launch.task import Task
@@ -53,7 +57,7 @@ class AttachedRanks:
             raise RankFailure(0, f"{task.layout} needs {task.layout.world} ranks, {self.world} are attached")
         task.results.mkdir(parents=True, exist_ok=True)
         self.number += 1
-        self.store.set(f"task{self.number}", pickle.dumps(task))
+        self.store.set(f"task{self.number}", task.to_json())
         _take_part(self.store, self.number, task, 0)
         failed = [r for r in range(task.layout.world) if self.store.get(f"done{self.number}/{r}") != b"ok"]
         if failed:
@@ -64,17 +68,44 @@ class AttachedRanks:
         self.store.set(f"task{self.number + 1}", _END)
 
 
-def serve() -> int:
-    """What every rank but 0 does: tasks, until there are no more. Returns the exit code."""
+def serve(own: Callable[[], Config]) -> int:
+    """What every rank but 0 does: tasks, until there are no more. Returns the exit code.
+
+    Args:
+        own: the configuration that this process was started with; asked for where a task needs its user's trust.
+    """
     rank, world = _environment()
     store = _store(rank, world)
     number = 1
     while (message := store.get(f"task{number}")) != _END:
-        task: Task = pickle.loads(message)  # written by rank 0 of this very job
+        try:
+            task = Task.from_json(message)
+            _check_doors(task, own)
+        except ValueError as error:
+            print(f"rank {rank}: no task of this job: {error}", file=sys.stderr)
+            return 1
         if rank < task.layout.world:
             _take_part(store, number, task, rank)
         number += 1
     return 0
+
+
+def _check_doors(task: Task, own: Callable[[], Config]) -> None:
+    """Raises ValueError where `task` opens a door that this rank's own command keeps closed."""
+    asked = {key: _setting(task.config, key) for key, opens in doors().items() if opens(_setting(task.config, key))}
+    if task.options.get("trust_pickle"):
+        asked["checkpoint.trust_pickle"] = True
+    asked.pop("tracker.mode", None)  # ranks talk to no tracker
+    if asked:
+        mine = own()
+        for key, value in asked.items():
+            if _setting(mine, key) != value:
+                raise ValueError(f"it asks for {key}={value}, which the command of this rank does not give")
+
+
+def _setting(config: Config, key: str) -> object:
+    section, _, name = key.partition(".")
+    return getattr(getattr(config, section), name)
 
 
 def _take_part(store, number: int, task: Task, rank: int) -> None:

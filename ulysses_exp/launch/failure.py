@@ -8,6 +8,8 @@ import time
 import traceback
 from pathlib import Path
 
+from ulysses_exp.redaction import redacted
+
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "std::bad_alloc")
 
 
@@ -38,7 +40,7 @@ def record(folder: Path, rank: int, error: BaseException) -> None:
         "message": f"out of memory ({message})" if oom else message,
         "trace": "".join(traceback.format_exception(error)),
     }
-    (folder / f"error-rank{rank}.json").write_text(json.dumps(entry))
+    (folder / f"error-rank{rank}.json").write_text(redacted(json.dumps(entry)))
 
 
 def first_failure(folder: Path, exitcodes: dict[int, int | None]) -> RankFailure:
