@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
@@ -33,10 +34,9 @@ def check(asked: Asked) -> Iterator[Finding]:
             return
         finally:
             launcher.close()
-        import json
-
         measured = json.loads((task.results / "collectives.json").read_text())
-    yield ok("ranks", f"{asked.ranks} started, on {measured['device']} over {measured['backend']}; an engine was built")
+    yield ok("ranks", f"{asked.ranks} started, on {measured['device']} over {measured['backend']}; an engine was built; "
+             f"rates are medians of {measured['calls']} calls after {measured['warm_up']} to warm up")  # fmt: skip
     for one in measured["collectives"]:
         yield _told(one, asked.ranks)
     seconds = measured["barrier_seconds"]

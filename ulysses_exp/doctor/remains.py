@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ulysses_exp.doctor.finding import Asked, Finding, ok, warning
-from ulysses_exp.launch.orphans import OWNER, SEMAPHORES
 
+#: How the server of a command's ranks (launch/server.py) is started; its forks, the ranks, keep its command line. The
+#: number is the command's.
+_RANKS_OF = re.compile(rb"from ulysses_exp\.launch\.server import serve; serve\(\d+, (\d+)\)")
 _SHOWN = 3  # of each kind, the others as a number
 _CLEAN = "python -m ulysses_exp.doctor --clean"
 
@@ -24,7 +26,7 @@ class Process:
 
     pid: int
     started: int
-    owner: int | None  # the command that it was started for, as its environment says (launch/orphans.py)
+    owner: int | None  # the command of this project that it was started for, where it was
 
     def __str__(self) -> str:
         return f"process {self.pid} of command {self.owner}"
@@ -32,16 +34,16 @@ class Process:
 
 @dataclass(frozen=True)
 class Remains:
-    """`processes`, `shared_memory` and `partial` are this project's own; of `unknown` it cannot be told."""
+    """`processes` and `partial` are this project's own. It leaves nothing in /dev/shm today; older versions and other
+    programs do, and of such a file nobody can tell whose it is."""
 
     processes: list[Process]
-    shared_memory: list[Path]  # semaphores that carry the number of a command that has ended
-    unknown: list[Path]  # other files of this user in /dev/shm that no living process holds
     partial: list[Path]  # checkpoints whose writing was cut off
+    shared_memory: list[Path]  # files of this user in /dev/shm that no living process holds
     interrupted: list[Path]  # run folders that say `running`, in which nobody works; nothing to remove there
 
     def own(self) -> list[Process | Path]:
-        return [*self.processes, *self.shared_memory, *self.partial]
+        return [*self.processes, *self.partial]
 
 
 def check(asked: Asked) -> Iterator[Finding]:
@@ -53,11 +55,10 @@ def findings(remains: Remains) -> Iterator[Finding]:
     """A line for each kind of remains; one that all is clean where there are none."""
     kinds: list[tuple[str, list[Process] | list[Path], str, str]] = [
         ("processes", remains.processes, "whose command has ended", _CLEAN),
-        ("/dev/shm", remains.shared_memory, "of commands that have ended", _CLEAN),
         ("checkpoints", remains.partial, "cut off while it was written; those before it are whole", _CLEAN),
         ("runs", remains.interrupted, "interrupted", "the same command again goes on where it stopped"),
-        ("/dev/shm", remains.unknown, "held by no process, and whose they are cannot be told",
-         "rm them where no program of yours on this machine, or in a container of it, is about to start"),
+        ("/dev/shm", remains.shared_memory, "held by no process, and whose they are cannot be told",
+         "rm them, unless a program in another container shares this /dev/shm"),
     ]  # fmt: skip
     found = False
     for name, things, what, mend in kinds:
@@ -73,10 +74,9 @@ def find(outputs: Path) -> Remains:
     """Looks at this user's processes, at /dev/shm, and at the run folders below `outputs`."""
     alive = _processes()
     held = _held_files(alive)
-    own, unknown = _shared_memory(alive, held)
     partial, interrupted = _runs(outputs, held)
     orphans = [process for process in alive.values() if _orphaned(process)]
-    return Remains(sorted(orphans, key=lambda p: p.pid), own, unknown, partial, interrupted)
+    return Remains(sorted(orphans, key=lambda p: p.pid), partial, _shared_memory(held), interrupted)
 
 
 def clean(remains: Remains) -> list[str]:
@@ -89,11 +89,6 @@ def clean(remains: Remains) -> list[str]:
                 os.kill(process.pid, signal.SIGKILL)
         except OSError as error:
             troubles.append(f"{process}: {error.strerror}")
-    for file in remains.shared_memory:
-        try:
-            file.unlink(missing_ok=True)
-        except OSError as error:
-            troubles.append(f"{file}: {error.strerror}")
     for folder in remains.partial:
         try:
             shutil.rmtree(folder)
@@ -119,8 +114,7 @@ def _process(folder: Path) -> Process | None:
     state = folder.joinpath("stat").read_text().rsplit(")", 1)[1].split()
     if state[0] in "ZX":
         return None
-    environment = folder.joinpath("environ").read_bytes()  # as it was when the program began
-    owner = re.search(rb"(?:^|\0)" + OWNER.encode() + rb"=(\d+)\0", environment)
+    owner = _RANKS_OF.search(folder.joinpath("cmdline").read_bytes())
     return Process(int(folder.name), int(state[19]), int(owner[1]) if owner else None)
 
 
@@ -155,26 +149,21 @@ def _held_files(alive: dict[int, Process]) -> set[str]:
     return held
 
 
-def _shared_memory(alive: dict[int, Process], held: set[str]) -> tuple[list[Path], list[Path]]:
-    """(this project's, others) of this user's files in /dev/shm that nobody holds."""
-    own, unknown = [], []
+def _shared_memory(held: set[str]) -> list[Path]:
+    """This user's files in /dev/shm that nobody holds."""
+    found = []
     try:
         entries = list(os.scandir("/dev/shm"))
     except OSError:
-        return [], []
+        return []
     for entry in entries:
         try:
             is_file, about = entry.is_file(follow_symlinks=False), entry.stat(follow_symlinks=False)
         except OSError:
             continue
-        if not is_file or about.st_uid != os.getuid() or str(about.st_ino) in held or entry.path in held:
-            continue
-        made_by = re.fullmatch(rf"sem\.{SEMAPHORES}-(\d+)-\w+", entry.name)
-        if made_by is None:
-            unknown.append(Path(entry.path))
-        elif int(made_by[1]) not in alive:
-            own.append(Path(entry.path))
-    return sorted(own), sorted(unknown)
+        if is_file and about.st_uid == os.getuid() and str(about.st_ino) not in held and entry.path not in held:
+            found.append(Path(entry.path))
+    return sorted(found)
 
 
 def _runs(outputs: Path, held: set[str]) -> tuple[list[Path], list[Path]]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from ulysses_exp.config import device_of
 from ulysses_exp.launch.environment import prepare
 from ulysses_exp.launch.failure import RankFailure, first_failure
-from ulysses_exp.launch.orphans import OWNER, mark_semaphores
+from ulysses_exp.launch.orphans import OWNER
 from ulysses_exp.launch.task import Task
 
 _POLL_SECONDS = 0.02
@@ -84,7 +84,6 @@ def _environment(rank: int, world: int) -> dict[str, str]:
 def warm_up(device: str) -> None:
     """Starts the forkserver that imports what ranks need, while this process goes on. Does nothing the second time."""
     prepare(device)
-    mark_semaphores()
     os.environ[OWNER] = str(os.getpid())
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # nothing listens beyond this machine
     multiprocessing.set_forkserver_preload(["ulysses_exp.preload"])

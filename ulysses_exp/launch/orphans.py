@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import ctypes
-import multiprocessing
 import os
 import signal
 
 #: The forkserver finds here the process that it belongs to.
 OWNER = "ULYSSES_EXP_OWNER"
-
-#: Semaphores in /dev/shm are called sem.<this>-<number of the command>-..., so that the doctor can tell whose they are.
-SEMAPHORES = "ulysses-exp"
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -24,11 +20,6 @@ def _remember() -> None:
 
 
 os.register_at_fork(before=_remember)
-
-
-def mark_semaphores() -> None:
-    """Names the semaphores that this process makes for its ranks from now on, and those that the ranks make."""
-    multiprocessing.current_process()._config["semprefix"] = f"/{SEMAPHORES}-{os.getpid()}"  # type: ignore[attr-defined]
 
 
 def die_with_parent(parent: int | None = None) -> None:
