@@ -22,8 +22,8 @@ def collectives(session: Session) -> dict[str, Any]:
 
     Returns:
         `collectives`: of each its name, whether it was `right` on all ranks, and by size the median of `seconds`
-        (of the slowest rank) and `bytes_per_second`; `error` instead where the backend has none. `calls` that are timed and
-        those to `warm_up` before them, at each size; `barrier_seconds`.
+        (of the slowest rank) and `bytes_per_second`; `error` instead where the backend has none. `calls` that are
+        timed and those to `warm_up` before them, at each size; `barrier_seconds`.
     """
     device, world = session.device, dist.get_world_size()
     found = []
