@@ -187,7 +187,11 @@ def gpus(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mon
     library = tmp_path / "nvml.so"
     subprocess.run([compiler, "-shared", "-fPIC", fails, "-o", library, tmp_path / "nvml.c"], check=True)
     real = ctypes.CDLL
-    monkeypatch.setattr(accelerators.ctypes, "CDLL", lambda name: real(str(library)))
+
+    def load(name: str | None, *more: object, **others: object) -> ctypes.CDLL:
+        return real(str(library) if name == "libnvidia-ml.so.1" else name, *more, **others)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(accelerators.ctypes, "CDLL", load)
     monkeypatch.setattr(accelerators, "accelerators", lambda: 2)
     monkeypatch.setattr(accelerators, "device_of", lambda config: "cuda")
 
