@@ -284,11 +284,16 @@ def figures(results: Mapping[str, Any], prefix: str = "results") -> Iterator[tup
             yield name, value
 
 
-def unreachable(base_url: str, timeout: float) -> str | None:
-    """Why the W&B server at `base_url` cannot be used; None if it answers within `timeout` s and knows the key."""
+def api_key(base_url: str) -> str | None:
+    """The key for the W&B server at `base_url`, of the environment or else of `wandb login`."""
     from wandb.sdk.lib.wbauth import wbnetrc
 
-    key = os.environ.get("WANDB_API_KEY") or wbnetrc.read_netrc_auth(host=base_url)
+    return os.environ.get("WANDB_API_KEY") or wbnetrc.read_netrc_auth(host=base_url) or None
+
+
+def unreachable(base_url: str, timeout: float) -> str | None:
+    """Why the W&B server at `base_url` cannot be used; None if it answers within `timeout` s and knows the key."""
+    key = api_key(base_url)
     if not key and not os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return "no API key: run `wandb login` or set WANDB_API_KEY"
     request = urllib.request.Request(

@@ -20,6 +20,7 @@ from ulysses_exp.launch import failure
 from ulysses_exp.launch.orphans import die_with_parent
 from ulysses_exp.launch.task import Task
 from ulysses_exp.memory_limit import held, limited
+from ulysses_exp.metrics.collectives import collectives
 from ulysses_exp.redaction import redacted
 from ulysses_exp.session import Session, open_session
 from ulysses_exp.stages import continuation, evaluate, longest, parity, reload, train
@@ -32,6 +33,7 @@ WORK: dict[str, Callable[[Session], dict[str, Any]]] = {
     "reload": reload.reload,
     "trajectory": parity.trajectory,
     "try_length": longest.try_length,
+    "collectives": collectives,
 }
 
 
