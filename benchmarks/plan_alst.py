@@ -130,8 +130,9 @@ def predict(row: Row, pool: Forks) -> dict[str, Any]:
     hardware = load(row.hardware)
     config = configuration(row)
     planner = Planner(config, gpu=True, pool=pool, deepspeed=RECIPE, within=liger if row.liger else nullcontext)
-    trace = planner.at(row.published)
+    planner.begin(row.published)
     longest = planner.longest(256 * row.sp, hardware.budget, hardware.host_budget(row.gpus))
+    trace = planner.at(row.published)
     phase = max(trace.device, key=trace.peak)
     (operations,) = pool.map(work, [config])
     seconds = step_time(config, hardware, trace, operations)
@@ -148,7 +149,7 @@ def predict(row: Row, pool: Forks) -> dict[str, Any]:
         "host_budget_bytes_per_rank": hardware.host_budget(row.gpus),
         "predicted_seconds": None if seconds is None else seconds.total,
         "tiles": {"mlp": config.memory.tiled_mlp, "loss": config.memory.tiled_loss},
-        "traced_layers": list(planner.depths),
+        "traced_layers": [trace.layers],
         "planning_seconds": time.perf_counter() - began,
     }
 

@@ -33,6 +33,15 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 SHOWN = ROOT / "ulysses_exp" / "plan" / "calibration.json"  # with every plan
 STEPS = 2
+#: To a tiny model what DeepSpeed's defaults are to one of billions of parameters: a bucket holds one and a half of its
+#: layers, gathered weights come and go, and nothing stays gathered for its smallness. Sizes in elements.
+AS_A_LARGE_MODEL = {
+    "reduce_bucket_size": 300_000,
+    "stage3_prefetch_bucket_size": 30_000,
+    "stage3_max_live_parameters": 400_000,
+    "stage3_max_reuse_distance": 400_000,
+    "stage3_param_persistence_threshold": 0,
+}
 
 
 @dataclass(frozen=True)
@@ -45,13 +54,21 @@ class Cell:
     seq_len: int = 2048
     exchange: str = "fused"
     accumulation: int = 2
+    small_buckets: bool = False  # AS_A_LARGE_MODEL
 
     @property
     def name(self) -> str:
         return (
             f"{self.model} sp{self.sp}-z{self.zero} {self.memory} {self.precision} {self.exchange} {self.seq_len} "
-            f"tokens, {self.accumulation} micro steps"
+            f"tokens, {self.accumulation} micro steps" + (", small buckets" if self.small_buckets else "")
         )
+
+    @property
+    def deepspeed(self) -> dict[str, Any]:
+        """Entries of DeepSpeed's configuration that differ from what this project sets."""
+        if not self.small_buckets:
+            return {}
+        return {"zero_optimization": {k: v for k, v in AS_A_LARGE_MODEL.items() if self.zero == 3 or "stage3" not in k}}
 
 
 def cells() -> list[Cell]:
@@ -67,6 +84,8 @@ def cells() -> list[Cell]:
         Cell("tiny_llama_mqa", 2, 3, exchange="deepspeed"),
         Cell("tiny_mistral_window", 2, 2),
         Cell("tiny_llama", 2, 3, accumulation=4),
+        *(Cell("tiny_llama", 2, zero, small_buckets=True) for zero in (1, 2, 3)),
+        *(Cell("tiny_llama", 2, 3, memory, "bf16", small_buckets=True) for memory in ("none", "alst")),
     ]
 
 
@@ -93,7 +112,7 @@ def configuration(cell: Cell) -> Config:
     return config
 
 
-def rank(number: int, config: Config, folder: str) -> None:
+def rank(number: int, config: Config, folder: str, deepspeed_entries: dict[str, Any]) -> None:
     """Trains; rank 0 leaves the largest number of bytes that its tensors took at once, and its all-to-alls."""
     os.environ.update(RANK=str(number), LOCAL_RANK=str(number), WORLD_SIZE=str(config.layout.world))
     os.environ.pop("LOCAL_SIZE", None)
@@ -101,8 +120,12 @@ def rank(number: int, config: Config, folder: str) -> None:
     import torch
     import torch.distributed as dist
 
+    from ulysses_exp import training
+    from ulysses_exp.plan.trace import with_entries
     from ulysses_exp.session import open_session
-    from ulysses_exp.training import optimizer_step
+
+    settings = training.deepspeed_config
+    training.deepspeed_config = lambda *about: with_entries(settings(*about), deepspeed_entries)
 
     torch.set_num_threads(1)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -114,7 +137,7 @@ def rank(number: int, config: Config, folder: str) -> None:
     profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
     with profiler, open_session(task, number) as session:
         session.engine.train()
-        steps = [optimizer_step(session, step) for step in range(STEPS)]
+        steps = [training.optimizer_step(session, step) for step in range(STEPS)]
     dist.destroy_process_group()
     if number == 0:
         measured = {
@@ -191,12 +214,15 @@ def peak_of(profiler: Any) -> int:
     return peak
 
 
-def measure(config: Config) -> dict[str, int]:
+def measure(config: Config, deepspeed_entries: dict[str, Any]) -> dict[str, int]:
     """Runs `config` on real ranks. Raises RuntimeError where one of them fails."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["ulysses_exp.preload", "ulysses_exp.session"])
     with tempfile.TemporaryDirectory() as folder:
-        ranks = [context.Process(target=rank, args=(n, config, folder)) for n in range(config.layout.world)]
+        ranks = [
+            context.Process(target=rank, args=(n, config, folder, deepspeed_entries))
+            for n in range(config.layout.world)
+        ]
         for process in ranks:
             process.start()
         for process in ranks:
@@ -213,9 +239,9 @@ def compared(chosen: list[Cell]) -> Iterator[dict[str, Any]]:
         for cell in chosen:
             config = configuration(cell)
             # what gloo's threads hold on to can only add; ZeRO 3 alone gives them work while it goes on
-            runs = [measure(config) for _ in range(4 if cell.zero == 3 else 1)]
+            runs = [measure(config, cell.deepspeed) for _ in range(4 if cell.zero == 3 else 1)]
             measured = min(runs, key=lambda run: run["peak_bytes"])
-            trace = Planner(config, gpu=False, pool=pool).at(cell.seq_len)
+            trace = Planner(config, gpu=False, pool=pool, deepspeed=cell.deepspeed).at(cell.seq_len)
             micro = config.accumulation / min(config.accumulation, 2)
             yield {
                 "cell": cell.name,

@@ -75,7 +75,7 @@ def gradient_norm(engine: deepspeed.DeepSpeedEngine) -> float:
     return float(norm)
 
 
-def train(rank: int, model: PreTrainedModel, zero: dict[str, Any], mpu: Any) -> dict[str, Any]:
+def train(rank: int, model: PreTrainedModel, zero: dict[str, Any], mpu: Any, bf16: bool) -> dict[str, Any]:
     """SGD without clipping; losses, gradient norms, weights, and what ZeRO 3 gathered in the last step."""
     deepspeed.utils.groups.mpu = mpu
     engine, *_ = deepspeed.initialize(
@@ -86,6 +86,7 @@ def train(rank: int, model: PreTrainedModel, zero: dict[str, Any], mpu: Any) -> 
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": ACCUMULATION,
             "gradient_clipping": 0.0,
+            "bf16": {"enabled": bf16},
             "zero_optimization": zero,
             "zero_allow_untested_optimizer": True,
         },
@@ -129,7 +130,9 @@ def start(rank: int, folder: str) -> None:
     )
 
 
-def train_with_each_option(rank: int, folder: str, name: str, zero: dict[str, Any], options: list[str]) -> None:
+def train_with_each_option(
+    rank: int, folder: str, name: str, zero: dict[str, Any], options: list[str], bf16: bool
+) -> None:
     """Rank 0 leaves {option: result of `train`} in `folder`/results."""
     start(rank, folder)
     mpu, results = None, {}
@@ -137,6 +140,6 @@ def train_with_each_option(rank: int, folder: str, name: str, zero: dict[str, An
         model = new_model(name, option)
         if mpu is None:
             mpu = UlyssesSPAttentionHF.register_with_transformers(model, "sdpa", SP, micro_batch_size=1)
-        results[option] = train(rank, model, zero, mpu)
+        results[option] = train(rank, model, zero, mpu, bf16)
     if rank == 0:
         torch.save(results, f"{folder}/results")

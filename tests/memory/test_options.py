@@ -34,9 +34,11 @@ EACH = [option for option in ranks.OPTIONS if option != "none"]
 ALL_AT_ONCE = ["alst", "alst_reentrant"]
 
 
-def run(tmp_path: Path, name: str, zero: dict[str, Any], options: list[str]) -> dict[str, dict[str, Any]]:
+def run(
+    tmp_path: Path, name: str, zero: dict[str, Any], options: list[str], bf16: bool = False
+) -> dict[str, dict[str, Any]]:
     multiprocessing.set_forkserver_preload(PRELOAD)
-    arguments = (str(tmp_path), name, zero, options)
+    arguments = (str(tmp_path), name, zero, options, bf16)
     start_processes(ranks.train_with_each_option, arguments, nprocs=ranks.SP, start_method="forkserver")
     return torch.load(tmp_path / "results")
 
@@ -78,3 +80,16 @@ def test_tiles_gather_weights_once(tmp_path: Path) -> None:
     results = run(tmp_path, "tiny_llama", AS_A_LARGE_MODEL, ["none", "tiled_mlp", "tiled_loss"])
     for option in ("tiled_mlp", "tiled_loss"):
         assert results[option]["gathered"] <= 1.1 * results["none"]["gathered"], option
+
+
+@pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.long), pytest.param(2, marks=pytest.mark.long), 3])
+def test_tiles_in_bf16_lose_no_gradient(tmp_path: Path, stage: int) -> None:
+    """To what bf16 rounds: DeepSpeed reduces each weight's gradient once, with all tiles in it."""
+    zero = AS_A_LARGE_MODEL if stage == 3 else {"stage": stage}
+    results = run(tmp_path, "tiny_llama", zero, ["none", *ALL_AT_ONCE], bf16=True)
+    right = results.pop("none")
+    for option, result in results.items():
+        assert relative(result["loss"], right["loss"]) <= 1e-3, option
+        assert relative(result["norm"], right["norm"]) <= 5e-3, option
+        for key, weight in right["weights"].items():
+            assert (result["weights"][key] - weight).norm() <= 2e-3 * weight.norm(), (option, key)

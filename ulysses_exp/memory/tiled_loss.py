@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from ulysses_exp.config import ConfigError
+from ulysses_exp.memory.tile_gradients import TileGradients
 from ulysses_exp.memory.tile_size import tiles_of
 
 IGNORED = -100
@@ -30,7 +31,8 @@ def tile_loss(model: PreTrainedModel, tiles: int) -> None:
     """Computes the loss of `model` in tiles along the sequence; the output's `logits` are then None.
 
     A forward without labels is left alone. Everything that the model does between hidden states and loss (softcapping,
-    scaling, its loss function) is the model's own code, run on one tile at a time.
+    scaling, its loss function) is the model's own code, run on one tile at a time. The head's gradients are added in
+    fp32 (`tile_gradients`).
 
     Args:
         tiles: their number, or `tile_size.AUTO`.
@@ -41,6 +43,8 @@ def tile_loss(model: PreTrainedModel, tiles: int) -> None:
     if getattr(model.config.get_text_config(), "output_router_logits", False):
         raise ConfigError("memory.tiled_loss", "the model adds a router's loss", "set memory.tiled_loss=0")
     forward = model.forward
+    body = set(model.base_model.modules())
+    head = [module for module in model.modules() if module not in body]
 
     @functools.wraps(forward)
     def tiled_forward(
@@ -58,14 +62,17 @@ def tile_loss(model: PreTrainedModel, tiles: int) -> None:
         if num_items_in_batch is None:
             num_items_in_batch = (shift_labels != IGNORED).sum()
 
+        gradients = TileGradients(head)
+
         def tile_loss(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-            with _hidden_states(model, hidden):
+            with _hidden_states(model, hidden), gradients.tile():
                 return forward(labels=targets, shift_labels=targets, num_items_in_batch=num_items_in_batch).loss
 
         outputs = model.base_model(*args, **kwargs)
         number = tiles_of(tiles, shift_labels.shape[1])
         pairs = zip(outputs.last_hidden_state.chunk(number, dim=1), shift_labels.chunk(number, dim=1), strict=True)
-        losses = [checkpoint(tile_loss, *pair, use_reentrant=False, preserve_rng_state=False) for pair in pairs]
+        with gradients.first_pass():
+            losses = [checkpoint(tile_loss, *pair, use_reentrant=False, preserve_rng_state=False) for pair in pairs]
         return CausalLMOutputWithPast(loss=torch.stack(losses).sum(), past_key_values=outputs.past_key_values)
 
     model.forward = tiled_forward

@@ -1,7 +1,8 @@
 """Tiled MLP: the intermediate activations of a few positions at a time, instead of the whole local sequence's.
 
 Of ALST (arXiv 2506.13996, section 3.1). An MLP works on each position alone, so its tiles along the sequence are
-independent: each runs under `torch.utils.checkpoint` and is recomputed when the backward pass comes to it.
+independent: each runs under `torch.utils.checkpoint` and is recomputed when the backward pass comes to it. Their weight
+gradients are added in fp32 (`tile_gradients`).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ulysses_exp.config import ConfigError
+from ulysses_exp.memory.tile_gradients import TileGradients
 from ulysses_exp.memory.tile_size import tiles_of
 
 
@@ -46,9 +48,15 @@ def _tiled(
         """`x`: [..., positions, hidden]."""
         if not mlp.training:
             return forward(x)
-        parts = [
-            checkpoint(forward, tile, use_reentrant=False) for tile in x.chunk(tiles_of(tiles, x.shape[-2]), dim=-2)
-        ]
+        gradients = TileGradients(mlp.modules())
+
+        def tile_forward(tile: torch.Tensor) -> torch.Tensor:
+            with gradients.tile():
+                return forward(tile)
+
+        chunks = x.chunk(tiles_of(tiles, x.shape[-2]), dim=-2)
+        with gradients.first_pass():
+            parts = [checkpoint(tile_forward, tile, use_reentrant=False) for tile in chunks]
         return torch.cat(parts, dim=-2)
 
     return tiled_forward

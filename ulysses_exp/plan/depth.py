@@ -1,7 +1,9 @@
-"""From traces of a few decoder layers to the whole depth.
+"""From traces of a few decoder layers to a guess at the whole depth.
 
-Layers repeat, so what a model holds and sends grows by the same amount with each, once there are enough of them for
-DeepSpeed's own limits (gathered weights, the reduction bucket) to be reached.
+Layers repeat, so what a model holds and sends grows by about the same amount with each, once there are enough of them
+for DeepSpeed's own limits (gathered weights, the reduction bucket) to be reached. About: how much is gathered or waits
+in a bucket at the fullest moment differs from depth to depth, and the whole depth multiplies that. So a search may be
+led by it, and nothing more (`Planner.at` traces all layers).
 """
 
 from __future__ import annotations
@@ -24,15 +26,15 @@ SUB_GROUP = 1_000_000_000
 def depths(config: Config, layers: int, layer_parameters: int, period: int = 1) -> tuple[int, ...]:
     """How many layers to trace: two numbers to extrapolate from, or all `layers` where there are not many more.
 
-    Three layers are the fewest in whose middle neither the embedding nor the head is gathered. Stages 1 and 2 reduce
-    gradients whenever a bucket is full, so there the layers have to fill one.
+    Three layers are the fewest in whose middle neither the embedding nor the head is gathered. Gradients are reduced
+    whenever a bucket is full, so the fewer layers have to fill one.
 
     Args:
         layer_parameters: of one decoder layer.
         period: layers after which their types repeat.
     """
-    bucket = REDUCE_BUCKET // layer_parameters + 1 if config.zero.stage in (1, 2) else 0
-    first = -(-max(bucket, 3) // period) * period
+    bucket = REDUCE_BUCKET // layer_parameters + 1 if config.zero.stage else 0
+    first = -(-max(bucket + (config.zero.stage == 3), 3) // period) * period
     second = first + period
     return (layers,) if second + 1 >= layers else (first, second)
 

@@ -9,15 +9,19 @@ import contextlib
 import logging
 import multiprocessing
 import os
+import signal
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any, TypeVar
 
 from ulysses_exp.config import Config, ConfigError, device_of
+from ulysses_exp.launch.interrupts import as_interrupts
 from ulysses_exp.launch.local import warm_up
+from ulysses_exp.launch.orphans import die_with_parent
 
 A = TypeVar("A")
 R = TypeVar("R")
@@ -35,23 +39,32 @@ class Forks:
     def __init__(self, at_a_time: int):
         self._threads = ThreadPoolExecutor(at_a_time)
         self._running: set[BaseProcess] = set()
+        self._lock = threading.Lock()  # between a process that starts and `close`
+        self._closed = False
 
     def map(self, function: Callable[[A], R], arguments: Sequence[A]) -> list[R]:
         """`function` of each of `arguments`, in order. Raises TraceError, ConfigError."""
-        return list(self._threads.map(lambda argument: self._call(function, argument), arguments))
+        return [future.result() for future in [self.start(function, argument) for argument in arguments]]
+
+    def start(self, function: Callable[[A], R], argument: A) -> Future[R]:
+        """`function(argument)`, later; the future's `result` raises TraceError, ConfigError."""
+        return self._threads.submit(self._call, function, argument)
 
     def _call(self, function: Callable[[A], R], argument: A) -> R:
         context = multiprocessing.get_context("forkserver")
         receiver, sender = context.Pipe(duplex=False)
         process = context.Process(target=_answer, args=(function, argument, sender), daemon=True)
-        process.start()
-        self._running.add(process)
+        with self._lock:
+            if self._closed:
+                raise TraceError("no longer asked for")
+            process.start()
+            self._running.add(process)
         sender.close()
         try:
             result, error, trace = receiver.recv()
         except EOFError:
             process.join()
-            raise TraceError(f"the trace of the model ended with exit code {process.exitcode}") from None
+            raise TraceError(_how_it_ended(process.exitcode)) from None
         finally:
             process.join()
             self._running.discard(process)
@@ -63,24 +76,43 @@ class Forks:
 
     def close(self) -> None:
         """Ends what is still running."""
-        for process in list(self._running):
-            process.kill()
+        with self._lock:
+            self._closed = True
+            for process in list(self._running):
+                process.kill()
         self._threads.shutdown(cancel_futures=True)
+
+
+def _how_it_ended(exitcode: int | None) -> str:
+    """Of a process that left no answer; what the kernel's memory killer sends is SIGKILL."""
+    if exitcode == -signal.SIGKILL:
+        return (
+            "the process that traces the model was ended by SIGKILL, as the kernel does where memory runs out: a trace "
+            "takes about 1 GB; free some, or plan fewer ranks or layers"
+        )
+    if exitcode is not None and exitcode < 0:
+        return f"the process that traces the model was ended by {signal.Signals(-exitcode).name}; run the plan again"
+    return f"the process that traces the model ended with exit code {exitcode} and no answer; run the plan again"
 
 
 @contextlib.contextmanager
 def forks(config: Config) -> Iterator[Forks]:
-    """As many processes at a time as there are cores, two at most: more traces than that are never asked for."""
-    warm_up(device_of(config))
-    pool = Forks(min(2, os.cpu_count() or 1))
-    try:
-        yield pool
-    finally:
-        pool.close()
+    """As many processes at a time as there are cores, two at most: more traces than that are never asked for.
+
+    They end with this process, whatever ends it; SIGTERM and SIGHUP raise KeyboardInterrupt within.
+    """
+    with as_interrupts():
+        warm_up(device_of(config))
+        pool = Forks(min(2, os.cpu_count() or 1))
+        try:
+            yield pool
+        finally:
+            pool.close()
 
 
 def _answer(function: Callable[[Any], Any], argument: Any, sender: Connection) -> None:
     """In the fork: sends (result, exception, trace). What the libraries print goes nowhere."""
+    die_with_parent()
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for stream in (1, 2):
         os.dup2(nowhere, stream)

@@ -29,6 +29,7 @@ _BY_FILE = (
     ("/transformers/", "activations"),
     ("/ulysses_exp/models", "parameters"),
     ("/ulysses_exp/training", "activations"),
+    ("/ulysses_exp/memory/tile_gradients", "gradients"),
 )
 
 #: The allocator of torch on CUDA hands out multiples of this (c10/cuda/CUDACachingAllocator.h, kMinBlockSize).

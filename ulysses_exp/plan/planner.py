@@ -1,8 +1,13 @@
-"""Memory of a layout at a length, and the longest sequence that fits."""
+"""Memory of a layout at a length, and the longest sequence that fits.
+
+What is said of a length comes from a trace of all layers. Where a search has to go is guessed from a few of them.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -68,25 +73,35 @@ class Planner:
         (self.model,) = pool.map(look_at, [config])
         self.config = traceable(config, self.model.architecture)
         self.depths = depths(self.config, self.model.layers, self.model.layer_parameters, self.model.period)
-        self._traces: dict[int, Trace] = {}
+        self._traces: dict[int, Future[Trace]] = {}
+        self._guesses: dict[int, Trace] = {}
+
+    def begin(self, seq_len: int) -> None:
+        """Traces beside what the caller goes on to do; `at` waits for it."""
+        if seq_len not in self._traces:
+            self._traces[seq_len] = self.pool.start(trace, self._request(self._with(seq_len), self.model.layers))
 
     def at(self, seq_len: int) -> Trace:
-        """The whole model's trace at `seq_len` tokens."""
-        if seq_len not in self._traces:
-            config = replace(self.config, train=replace(self.config.train, seq_len=seq_len))
-            requests = [self._request(config, layers) for layers in self.depths]
-            self._traces[seq_len] = whole(self.pool.map(trace, requests), self.model.layers, config)
-        return self._traces[seq_len]
+        """The model's trace at `seq_len` tokens, all layers of it."""
+        self.begin(seq_len)
+        return self._traces[seq_len].result()
 
-    def full(self) -> Trace:
-        """The trace of all layers at `train.seq_len`, nothing extrapolated: to check `at` against."""
-        (whole_model,) = self.pool.map(trace, [self._request(self.config, self.model.layers)])
-        return whole_model
+    def guess(self, seq_len: int) -> Trace:
+        """`at` in a fraction of its time, and not to be relied on: see `depth`."""
+        if len(self.depths) == 1:
+            return self.at(seq_len)
+        if seq_len not in self._guesses:
+            config = self._with(seq_len)
+            requests = [self._request(config, layers) for layers in self.depths]
+            self._guesses[seq_len] = whole(self.pool.map(trace, requests), self.model.layers, config)
+        return self._guesses[seq_len]
 
     def evaluation(self) -> Trace:
         """Of an evaluation that bypasses sequence parallelism, so that each rank holds a whole sequence."""
-        requests = [replace(self._request(self.config, layers), evaluation=True) for layers in self.depths]
-        return whole(self.pool.map(trace, requests), self.model.layers, self.config)
+        return self.pool.start(trace, replace(self._request(self.config, self.model.layers), evaluation=True)).result()
+
+    def _with(self, seq_len: int) -> Config:
+        return replace(self.config, train=replace(self.config.train, seq_len=seq_len))
 
     def _request(self, config: Config, layers: int) -> Request:
         return Request(config, layers, self.gpu, self.model.parameters, **self.request)
@@ -94,25 +109,33 @@ class Planner:
     def longest(self, step: int, device_bytes: int, host_bytes: float = math.inf) -> int:
         """The longest sequence, a multiple of `step` tokens, whose peak stays within both limits; 0 where none does.
 
-        Newton's method: of what is held at the fullest moment, the activations grow in proportion to the length and the
-        rest stays, which gives the next length to trace. The fullest moment may be another one there, so it goes on
-        until the next length is within 3 % of the last: so near, it is right to a small part of that.
+        Searched by guesses, and from where they lead to by traces of all layers: one, where the guesses were good.
         """
-        fitting = 0
-        length = self.config.train.seq_len
-        length = length if length in self._traces else max(step, length // step * step)
-        for _ in range(_TRIES):
-            traced = self.at(length)
-            limits: list[tuple[dict[str, int], float]] = [(kinds, device_bytes) for kinds in traced.device.values()]
-            limits += [(kinds, host_bytes) for phase, kinds in traced.host.items() if phase != "start"]
-            following = min(_grown_to(limit, kinds, length) for kinds, limit in limits)
-            if all(sum(kinds.values()) <= limit for kinds, limit in limits):
-                fitting = max(fitting, length)
-            following = max(0, int(min(following, 16 * length)) // step * step)
-            if abs(following - length) <= max(0.03 * length, step) or following < step == length:
-                return following if following >= step else 0
-            length = max(step, following)
-        return fitting
+        limits = (device_bytes, host_bytes)
+        guessed = _search(self.guess, max(step, self.config.train.seq_len // step * step), step, limits)
+        return _search(self.at, max(step, guessed), step, limits)
+
+
+def _search(at: Callable[[int], Trace], length: int, step: int, limits: tuple[float, float]) -> int:
+    """The longest sequence whose peak by `at` stays within `limits` of device and host, from `length` on.
+
+    Newton's method: of what is held at the fullest moment, the activations grow in proportion to the length and the
+    rest stays, which gives the next length to trace. The fullest moment may be another one there, so it goes on until
+    the next length is within 3 % of the last: so near, it is right to a small part of that.
+    """
+    fitting = 0
+    for _ in range(_TRIES):
+        traced = at(length)
+        moments: list[tuple[dict[str, int], float]] = [(kinds, limits[0]) for kinds in traced.device.values()]
+        moments += [(kinds, limits[1]) for phase, kinds in traced.host.items() if phase != "start"]
+        following = min(_grown_to(limit, kinds, length) for kinds, limit in moments)
+        if all(sum(kinds.values()) <= limit for kinds, limit in moments):
+            fitting = max(fitting, length)
+        following = max(0, int(min(following, 16 * length)) // step * step)
+        if abs(following - length) <= max(0.03 * length, step) or following < step == length:
+            return following if following >= step else 0
+        length = max(step, following)
+    return fitting
 
 
 def _grown_to(limit: float, kinds: dict[str, int], length: int) -> float:

@@ -123,7 +123,7 @@ def trace(request: Request) -> Trace:
                 micro_batch_size=config.train.micro_batch_size,
             )
         )
-        told = training.deepspeed_config(config, request.parameters or whole) | request.deepspeed
+        told = with_entries(training.deepspeed_config(config, request.parameters or whole), request.deepspeed)
         with patch.object(training, "deepspeed_config", lambda *_: told):
             engine = training.build_engine(config, model, handle.mpu)
         stack.callback(engine.destroy)
@@ -171,6 +171,12 @@ def trace(request: Request) -> Trace:
         )
     gc.collect()
     return result
+
+
+def with_entries(told: dict[str, Any], entries: dict[str, Any]) -> dict[str, Any]:
+    """DeepSpeed's configuration `told` with other `entries`, those of `zero_optimization` one by one."""
+    zero = told["zero_optimization"] | entries.get("zero_optimization", {})
+    return told | entries | {"zero_optimization": zero}
 
 
 def shortened(config: Config, layers: int) -> Config:

@@ -34,12 +34,13 @@ def plan(config: Config) -> dict[str, Any]:
     hardware = load(config.plan.hardware)
     with forks(config) as pool:
         planner = Planner(config, gpu=hardware.is_gpu, pool=pool)
+        planner.begin(config.train.seq_len)
         (operations,) = pool.map(work, [config])
-        trace = planner.at(config.train.seq_len)
         longest = None
         if config.plan.search:
             longest = planner.longest(_step(config), hardware.budget, hardware.host_budget(config.layout.world))
-    return entry(config, hardware, trace, operations, longest, planner.depths)
+        trace = planner.at(config.train.seq_len)
+    return entry(config, hardware, trace, operations, longest)
 
 
 def _step(config: Config) -> int:
@@ -47,9 +48,7 @@ def _step(config: Config) -> int:
     return config.layout.sp * (256 if config.train.seq_len >= 256 * config.layout.sp * 16 else 1)
 
 
-def entry(
-    config: Config, hardware: Hardware, trace: Trace, operations: Work, longest: int | None, depths: tuple[int, ...]
-) -> dict[str, Any]:
+def entry(config: Config, hardware: Hardware, trace: Trace, operations: Work, longest: int | None) -> dict[str, Any]:
     """What results.json says of a plan."""
     scaled = _scaled(trace, config.accumulation)
     time = step_time(config, hardware, scaled, operations)
@@ -85,7 +84,7 @@ def entry(
         "step_time_s": None if time is None else asdict(time),
         "mfu_bound": None if time is None else time.mfu_bound,
         "communication_share": None if time is None else time.communication_share,
-        "traced_layers": list(depths),
+        "traced_layers": [trace.layers],
         "assumptions": [*_MEMORY_ASSUMPTIONS, *(ASSUMPTIONS if time is not None else ())],
         "calibration": calibration(),
     }
