@@ -110,6 +110,7 @@ class Sweep:
     outcomes: list[str] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)  # of each job that was not done already
+    folder: Path | None = None  # of the newest job
     _mark: float = field(default_factory=time.monotonic)  # when the last job ended
 
     def add(self, outcome: str, name: str, reason: str | None, ran: bool = True) -> None:

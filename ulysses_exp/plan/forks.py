@@ -13,11 +13,11 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
 from typing import Any, TypeVar
 
 from ulysses_exp.config import Config, ConfigError, device_of
 from ulysses_exp.launch.local import warm_up
+from ulysses_exp.launch.server import Fork, server
 
 A = TypeVar("A")
 R = TypeVar("R")
@@ -34,28 +34,24 @@ class Forks:
 
     def __init__(self, at_a_time: int):
         self._threads = ThreadPoolExecutor(at_a_time)
-        self._running: set[BaseProcess] = set()
+        self._running: set[Fork] = set()
 
     def map(self, function: Callable[[A], R], arguments: Sequence[A]) -> list[R]:
         """`function` of each of `arguments`, in order. Raises TraceError, ConfigError."""
         return list(self._threads.map(lambda argument: self._call(function, argument), arguments))
 
     def _call(self, function: Callable[[A], R], argument: A) -> R:
-        context = multiprocessing.get_context("forkserver")
-        receiver, sender = context.Pipe(duplex=False)
-        process = context.Process(target=_answer, args=(function, argument, sender), daemon=True)
-        process.start()
-        self._running.add(process)
-        sender.close()
-        try:
-            result, error, trace = receiver.recv()
-        except EOFError:
-            process.join()
-            raise TraceError(f"the trace of the model ended with exit code {process.exitcode}") from None
-        finally:
-            process.join()
-            self._running.discard(process)
-            receiver.close()
+        receiver, sender = multiprocessing.Pipe(duplex=False)
+        with receiver:
+            with sender:
+                process = server().fork(_answer, function, argument, fds=[sender.fileno()])
+            self._running.add(process)
+            try:
+                result, error, trace = receiver.recv()
+            except EOFError:
+                raise TraceError(f"the trace of the model ended with exit code {process.join()}") from None
+            finally:
+                self._running.discard(process)
         if error is not None:
             log.error("plan: %s", trace)
             raise error
@@ -79,8 +75,9 @@ def forks(config: Config) -> Iterator[Forks]:
         pool.close()
 
 
-def _answer(function: Callable[[Any], Any], argument: Any, sender: Connection) -> None:
+def _answer(function: Callable[[Any], Any], argument: Any, pipe: int) -> None:
     """In the fork: sends (result, exception, trace). What the libraries print goes nowhere."""
+    sender = Connection(pipe, readable=False)
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for stream in (1, 2):
         os.dup2(nowhere, stream)
