@@ -26,11 +26,12 @@ from ulysses_exp.launch.orphans import die_with_parent
 from ulysses_exp.launch.rank import be_rank
 from ulysses_exp.launch.seat import Seat, seat
 from ulysses_exp.launch.server import ServerEnded, server
+from ulysses_exp.launch.standstill import waited_in
 from ulysses_exp.launch.supervision import prepare, supervise
 from ulysses_exp.launch.task import Task
 
 _END = b"end"
-_LOOK_SECONDS = 2  # between two looks at whether rank 0 still gives signs of life
+_ALIVE_SECONDS = 2  # between two signs of life of rank 0
 _GOODBYE_SECONDS = 5
 _GRACE_SECONDS = 10  # beyond launch.timeout_s, for other ranks to say what became of them
 
@@ -64,7 +65,9 @@ class AttachedRanks:
         if failed:
             first = min(failed, key=lambda failure: (failure.cause, failure.time))
             traces = [f"rank {f.rank}: {f.message}\n{f.trace}" for f in failed]
-            raise RankFailure(first.rank, first.message, "\n".join(traces))
+            waited = [f for f in failed if f.cause == Cause.OTHERS and f is not first][:3]
+            message = "; ".join([first.message, *(f"rank {f.rank} {waited_in(f.trace)}" for f in waited)])
+            raise RankFailure(first.rank, message, "\n".join(traces), first.cause)
 
     def close(self) -> None:
         """Lets the other ranks go; where this process has the store, they say goodbye first."""
@@ -73,35 +76,30 @@ class AttachedRanks:
             self.store.set(f"task{self.number + 1}", _END)
             if self._complete and not self.seat.hosted:
                 others = [f"bye/{rank}" for rank in range(1, self.seat.world)]
-                self.store.wait(others, timedelta(seconds=_GOODBYE_SECONDS))
+                _there(self.store, others, _GOODBYE_SECONDS)
 
     def _wait_for_all(self) -> None:
         others = [f"here/{rank}" for rank in range(1, self.seat.world)]
         if self._complete or not others:
             return
-        try:
-            self.store.wait(others, timedelta(seconds=self.timeout_s))
-        except RuntimeError:
+        if not _there(self.store, others, self.timeout_s):
             missing = [key.removeprefix("here/") for key in others if not self.store.check([key])]
             problem = f"{len(missing)} of {self.seat.world} ranks have not come within launch.timeout_s"
             named = f"rank {', '.join(missing[:8])}{' ...' if len(missing) > 8 else ''}"
-            raise RankFailure(None, f"{problem}={self.timeout_s}: {named}") from None
+            raise RankFailure(None, f"{problem}={self.timeout_s}: {named}")
         self._complete = True
 
     def _outcome(self, rank: int) -> dict[str, Any] | None:
-        key = f"done{self.number}/{rank}"
-        try:
-            self.store.wait([key], timedelta(seconds=self.timeout_s + _GRACE_SECONDS))
+        key, seconds = f"done{self.number}/{rank}", self.timeout_s + _GRACE_SECONDS
+        if _there(self.store, [key], seconds):
             return json.loads(self.store.get(key))
-        except RuntimeError:
-            message = f"does not answer since {self.timeout_s + _GRACE_SECONDS} s"
-            return _as_json(RankFailure(rank, message, cause=Cause.STANDS_STILL))
+        return _as_json(RankFailure(rank, f"does not answer since {seconds} s", cause=Cause.STANDS_STILL))
 
     def _give_signs_of_life(self) -> None:
         with suppress(RuntimeError):  # the store is gone, and with it who would listen
             store = _store(self.seat, self.timeout_s, hosts=False)
             number = 0
-            while not self._done.wait(min(_LOOK_SECONDS, self.timeout_s / 4)):
+            while not self._done.wait(min(_ALIVE_SECONDS, self.timeout_s / 4)):
                 number += 1
                 store.set("alive", str(number))
 
@@ -149,6 +147,7 @@ def _sit_down(place: Seat, timeout_s: int) -> Any:
     die_with_parent()
     prepare_environment("auto")
     server()  # imports while this process connects
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # of this process: a lost store is reported once, by us
     return _store(place, timeout_s, hosts=place.rank == 0 and not place.hosted)
 
 
@@ -165,14 +164,23 @@ def _store(place: Seat, timeout_s: int, *, hosts: bool) -> Any:
     return PrefixStore(f"ulysses-exp/{place.attempt}", store)
 
 
+def _there(store: Any, keys: list[str], seconds: float) -> bool:
+    """Whether all `keys` come within so many seconds. Asks again and again: the store's own wait heeds no signal."""
+    end, pause = time.monotonic() + seconds, 0.005
+    while not store.check(keys):
+        if time.monotonic() > end:
+            return False
+        time.sleep(pause)
+        pause = min(2 * pause, 0.1)
+    return True
+
+
 def _next(store: Any, number: int, timeout_s: int) -> bytes:
     """The next task. Raises RuntimeError where rank 0 is gone or gives no sign of life for `timeout_s`."""
     alive, changed = b"", time.monotonic()
     while True:
-        with suppress(RuntimeError):
-            store.wait([f"task{number}"], timedelta(seconds=_LOOK_SECONDS))
         try:
-            if store.check([f"task{number}"]):
+            if _there(store, [f"task{number}"], _ALIVE_SECONDS):
                 return store.get(f"task{number}")
             newest = store.get("alive") if store.check(["alive"]) else b""
         except RuntimeError:

@@ -23,7 +23,7 @@ SHOW_STACK = signal.SIGRTMIN + 3
 IDLE = 0.02
 
 _STACK_SECONDS = 2  # for all ranks to write theirs
-_FRAME = re.compile(r'^  File "(.*)", line (\d+) in (.*)$')
+_FRAME = re.compile(r'^  File "(.*)", line (\d+),? in (.*)$')  # of faulthandler, and of a traceback
 _COLLECTIVE = re.compile(r"/torch/distributed/distributed_c10d\.py$")
 _OURS = re.compile(r"/(ulysses_exp/.*)$")
 _TICKS = os.sysconf("SC_CLK_TCK")
@@ -146,6 +146,12 @@ def _in_words(stack: str) -> tuple[str | None, str | None]:
     """
     threads = [_of_thread(thread) for thread in reversed(stack.strip().split("\n\n"))]
     return next((thread for thread in threads if thread[0]), threads[0])
+
+
+def waited_in(trace: str) -> str:
+    """Where a rank was that has given up waiting, from its traceback."""
+    collective, line = _of_thread("\n".join(reversed(trace.splitlines())))
+    return f"waited in {collective or 'a collective'}{f' at {line}' if line else ''}"
 
 
 def _of_thread(stack: str) -> tuple[str | None, str | None]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from ulysses_exp.launch import heartbeat, stopping
 from ulysses_exp.launch.failure import RankFailure, first_failure, is_timeout
 from ulysses_exp.launch.server import Fork, ServerEnded, wait
-from ulysses_exp.launch.standstill import Watch
+from ulysses_exp.launch.standstill import Watch, waited_in
 from ulysses_exp.launch.task import Task
 
 _LOOK_SECONDS = 0.5  # between two looks at the heartbeats
@@ -103,7 +103,8 @@ def _failure(task: Task, forks: Mapping[int, Fork], watch: Watch) -> RankFailure
     found = first_failure(task.results, {rank: fork.exitcode for rank, fork in forks.items()})
     if alive and is_timeout(found.trace):  # a rank waited too long: for one of those that are still there
         told = watch.failure(alive, {})
-        return RankFailure(told.rank, f"{told.message}; rank {found.rank} gave up", f"{told.trace}\n{found.trace}")
+        message = f"{told.message}; rank {found.rank} {waited_in(found.trace)}"
+        return RankFailure(told.rank, message, f"{told.trace}\nrank {found.rank}:\n{found.trace}", told.cause)
     return found
 
 
