@@ -8,6 +8,7 @@ no process that tracks them; and what ended the server is known.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import pickle
 import select
@@ -22,6 +23,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from ulysses_exp.launch.environment import make_importable
 from ulysses_exp.launch.orphans import die_with_parent
 
 #: What a batch system, a terminal or a launcher sends to a whole process group. The parent decides what it means.
@@ -88,13 +90,18 @@ class Fork:
 
 
 class Server:
-    """Starts the server and asks it for forks; threads may ask at the same time."""
+    """Starts the server and asks it for forks; threads may ask at the same time.
 
-    def __init__(self) -> None:
+    Args:
+        module: what the server imports before its first fork.
+    """
+
+    def __init__(self, module: str = "ulysses_exp.preload") -> None:
+        make_importable()
         ours, its = socket.socketpair()
         with its:
             flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
-            code = f"from ulysses_exp.launch.server import serve; serve({its.fileno()}, {os.getpid()})"
+            code = f"from ulysses_exp.launch.server import serve; serve({its.fileno()}, {os.getpid()}, {module!r})"
             self._process = subprocess.Popen(
                 [sys.executable, *flags, "-P", "-c", code], pass_fds=[its.fileno()], stdin=subprocess.DEVNULL
             )
@@ -154,12 +161,12 @@ def server() -> Server:
 # -- in the server --------------------------------------------------------------------------------------------
 
 
-def serve(fd: int, owner: int) -> None:
+def serve(fd: int, owner: int, module: str) -> None:
     """The server's life: until `owner`, at the other end of socket `fd`, has ended."""
     for number in GROUP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     die_with_parent(owner)
-    failed = _preload()
+    failed = _preload(module)
     woken, wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
     signal.signal(signal.SIGCHLD, lambda *_: None)
@@ -192,10 +199,10 @@ def serve(fd: int, owner: int) -> None:
             _tell(answers, pid)
 
 
-def _preload() -> BaseException | None:
-    """Imports; what goes wrong is kept for the forks, which can tell the user."""
+def _preload(module: str) -> BaseException | None:
+    """What goes wrong is kept for the forks, which can tell the user."""
     try:
-        import ulysses_exp.preload  # noqa: F401
+        importlib.import_module(module)
     except Exception as error:
         return error
     return None
