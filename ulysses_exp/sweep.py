@@ -1,6 +1,6 @@
 """A multirun's jobs: which are done already, how far the sweep is, and what became of each.
 
-Hydra's own launcher runs the jobs one after another in this process, so the forkserver stays warm between them.
+Hydra's own launcher runs the jobs one after another in this process, so the server that ranks are forks of stays warm between them.
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ class Sweep:
             text += f" ({self.counts()})"
         text += f", job {done + 1} running"
         if self.seconds:
-            typical = statistics.mean(self.seconds[1:] or self.seconds)  # the first has also started the forkserver
+            typical = statistics.mean(self.seconds[1:] or self.seconds)  # the first has also started the server
             text += f", {of_seconds(typical * (self.total - done))} left"
         return text
 
