@@ -27,13 +27,13 @@ def main() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach us as exceptions; we say them in a line
     from hydra._internal.utils import get_args_parser
 
-    began = time.time()
+    began, typed = time.time(), sys.argv[1:]
     arguments = get_args_parser().parse_args()
-    if os.environ.get("RANK", "0") != "0" and "launch=attached" in arguments.overrides:
-        from ulysses_exp.launch.attached import serve
-
-        sys.exit(serve(lambda: _own_configuration(arguments.overrides)))
+    if "launch=attached" in arguments.overrides:
+        leave_to_rank_0(arguments.overrides)
     asks = arguments.help or arguments.hydra_help or arguments.cfg or arguments.info or arguments.shell_completion
+    from ulysses_exp.interruption import continue_command
+    from ulysses_exp.launch.stopping import requests
     from ulysses_exp.redaction import check_overrides, redacted
     from ulysses_exp.sweep import Sweep
 
@@ -50,11 +50,16 @@ def main() -> None:
                 arguments.multirun, arguments.overrides = True, jobs
                 sweep.total = _jobs(jobs)
                 axes.update(override.key_or_group for override in _swept(jobs))
-        _hydra(sweep)
-    except KeyboardInterrupt:
+        with requests.heeded():
+            _hydra(sweep)
+    except KeyboardInterrupt as stop:
         if arguments.multirun:
             print(sweep.summary())
-        print("interrupted", file=sys.stderr)
+        print(f"interrupted by {stop}" if str(stop) else "interrupted", file=sys.stderr)
+        if sweep.folder is not None:
+            folder = sweep.folder.parent if arguments.multirun else sweep.folder
+            if line := continue_command(typed, folder, arguments.multirun):
+                print(line, file=sys.stderr)
         sys.exit(130)
     except Exception as error:
         message = _user_message(error)
@@ -67,6 +72,22 @@ def main() -> None:
             sweep.read(_sweep_folder(arguments.overrides), began)
         print(sweep.summary())
     sys.exit(sweep.exit_code())
+
+
+def leave_to_rank_0(overrides: list[str]) -> None:
+    """Ends here, when there is nothing more to do, in every process of `launch=attached` but that of rank 0."""
+    from ulysses_exp.config import ConfigError
+    from ulysses_exp.launch.seat import seat
+
+    try:
+        rank = seat().rank
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+    if rank:
+        from ulysses_exp.launch.attached import serve
+
+        sys.exit(serve(overrides, lambda: _own_configuration(overrides)))
 
 
 def _register_resolvers(axes: Collection[str]) -> None:
@@ -228,7 +249,7 @@ def _run_job(cfg: Any, sweep: Sweep) -> float | None:
     from ulysses_exp.redaction import redacted
 
     hydra_config = HydraConfig.get()
-    folder = Path(hydra_config.runtime.output_dir)
+    folder = sweep.folder = Path(hydra_config.runtime.output_dir)
     console = Console()
     multirun = sweep.total > 1 or (hydra_config.mode is not None and hydra_config.mode.name == "MULTIRUN")
     name = folder.name

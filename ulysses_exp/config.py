@@ -149,6 +149,7 @@ class CheckpointConfig:
     source: str | None = None
     every: int = 0  # optimizer steps between saves during training, 0: only at the end
     keep: int = 2
+    on_signal_s: int = 120  # seconds for a checkpoint after SIGTERM, SIGHUP, SIGUSR1 or SIGUSR2; 0: none is saved
     trust_pickle: bool = _door(False)  # open DeepSpeed's own (pickled) files of `source`
 
 
@@ -182,7 +183,7 @@ class TrackerConfig:
 @dataclass
 class LaunchConfig:
     name: str = MISSING
-    timeout_s: int = 600  # a collective that waits longer fails: one rank has stalled
+    timeout_s: int = 600  # ranks that neither compute nor give a sign of life for longer end the job
     cluster: str = "slurm"  # submitit's: slurm, or local to try a submission on this machine
     partition: str | None = None
     account: str | None = None
@@ -478,6 +479,7 @@ _LEAST = {
     "parity.steps": 1,
     "checkpoint.every": 0,
     "checkpoint.keep": 1,
+    "checkpoint.on_signal_s": 0,
     "launch.timeout_s": 1,
     "launch.gpus_per_node": 1,
     "launch.time_min": 1,

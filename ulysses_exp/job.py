@@ -22,6 +22,7 @@ from ulysses_exp.checkpoints.errors import CheckpointError
 from ulysses_exp.checkpoints.manifest import Manifest
 from ulysses_exp.config import Config, ConfigError, device_of, text_architecture
 from ulysses_exp.launch import RankFailure, Ranks, Task
+from ulysses_exp.launch.supervision import stopped_at
 from ulysses_exp.layout import REFERENCE, Layout
 from ulysses_exp.received import Refused
 from ulysses_exp.report.terminal import Progress, summary
@@ -110,9 +111,9 @@ class Job:
                 progress.start(stage, self.config.train.steps if stage == "train" else None)
                 self.run_stage(stage, progress.note)
                 self.write()
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stop:
             self._collect()
-            self.results.update(status="interrupted", error="interrupted")
+            self._interrupted(str(stop))
             raise
         finally:
             self.finish()
@@ -342,6 +343,15 @@ class Job:
                 self.results["stages"].setdefault(work, result)
         if losses := _read_if_there(self._main.results / "continuation.json").get("loss"):
             self.results["stages"]["train"]["continuation_loss"] = losses
+
+    def _interrupted(self, signal: str) -> None:
+        """Says so, and which checkpoint training was stopped at."""
+        text = f"interrupted by {signal}" if signal else "interrupted"
+        self.results.update(status="interrupted", error=text)
+        log.warning(text)
+        if self._main is not None and (stopped := stopped_at(self._main)) is not None:
+            reason = f"{text} after step {stopped['step']}"
+            self.results["stages"].setdefault("train", {"status": "interrupted", "reason": reason, **stopped})
 
     def _describe(self, task: Task) -> None:
         self.results.update(_read_if_there(task.results / "session.json"))

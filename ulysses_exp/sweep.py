@@ -1,6 +1,7 @@
 """A multirun's jobs: which are done already, how far the sweep is, and what became of each.
 
-Hydra's own launcher runs the jobs one after another in this process, so the forkserver stays warm between them.
+Hydra's own launcher runs the jobs one after another in this process, so the server that ranks are forks of stays warm
+between them.
 """
 
 from __future__ import annotations
@@ -110,6 +111,7 @@ class Sweep:
     outcomes: list[str] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)  # of each job that was not done already
+    folder: Path | None = None  # of the newest job
     _mark: float = field(default_factory=time.monotonic)  # when the last job ended
 
     def add(self, outcome: str, name: str, reason: str | None, ran: bool = True) -> None:
@@ -142,7 +144,7 @@ class Sweep:
             text += f" ({self.counts()})"
         text += f", job {done + 1} running"
         if self.seconds:
-            typical = statistics.mean(self.seconds[1:] or self.seconds)  # the first has also started the forkserver
+            typical = statistics.mean(self.seconds[1:] or self.seconds)  # the first has also started the server
             text += f", {of_seconds(typical * (self.total - done))} left"
         return text
 

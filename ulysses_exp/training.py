@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, get_scheduler
 
 from ulysses_exp.config import Config
 from ulysses_exp.data import MicroBatch
+from ulysses_exp.launch import heartbeat, stopping
 from ulysses_exp.layout import Layout
 from ulysses_exp.metrics import memory
 
@@ -128,10 +129,12 @@ class Step:
     peak_memory: list[int]  # per rank, since the stage began
     all_to_all_calls: int  # of the busiest rank
     all_to_all_bytes: int
+    asked_to_stop: bool  # by a signal that any rank has got
 
 
 def forward(session: Session, batch: MicroBatch, **labels: Any) -> Any:
     """The model on this rank's slice. Tells the attention the whole sequences' positions and padding first."""
+    heartbeat.beat()
     mask = batch.global_mask
     session.attention.begin(batch.global_position_ids, mask)
     local_mask = mask if mask is not None and session.layout.sp == 1 else None
@@ -167,6 +170,7 @@ def optimizer_step(session: Session, step: int) -> Step:
 
 def make_step(session: Session, step: int) -> _Pending:
     """As `optimizer_step`, without waiting for the device."""
+    heartbeat.beat(step=step)
     engine, layout, device = session.engine, session.layout, session.device
     began = time.perf_counter()
     mark = session.all_to_alls.now
@@ -213,9 +217,12 @@ def figures(session: Session, steps: list[_Pending]) -> list[Step]:
     Only here the host waits for the device, so each step's time is an equal share of the time they took together.
     """
     world, device = session.layout.world, session.device
-    rows = torch.zeros(world, len(steps), 4, dtype=torch.float64, device=device)
+    rows = torch.zeros(world, len(steps), 5, dtype=torch.float64, device=device)
+    asked = stopping.requests.signal is not None
     rows[session.rank, :, 1:] = torch.tensor(
-        [[s.peak_memory, s.all_to_all_calls, s.all_to_all_bytes] for s in steps], dtype=torch.float64, device=device
+        [[s.peak_memory, s.all_to_all_calls, s.all_to_all_bytes, asked] for s in steps],
+        dtype=torch.float64,
+        device=device,
     )
     rows[session.rank, :, 0] = torch.stack([s.loss for s in steps])
     dist.all_reduce(rows)
@@ -233,6 +240,7 @@ def figures(session: Session, steps: list[_Pending]) -> list[Step]:
             peak_memory=[int(x) for x in table[:, n, 1]],
             all_to_all_calls=int(table[:, n, 2].max()),
             all_to_all_bytes=int(table[:, n, 3].max()),
+            asked_to_stop=bool(table[:, n, 4].any()),
         )
         for n, s in enumerate(steps)
     ]

@@ -15,9 +15,10 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
+from ulysses_exp.attention import upstream
 from ulysses_exp.config import device_of
-from ulysses_exp.launch import failure
-from ulysses_exp.launch.orphans import die_with_parent
+from ulysses_exp.launch import failure, heartbeat
+from ulysses_exp.launch.stopping import Stopped
 from ulysses_exp.launch.task import Task
 from ulysses_exp.memory_limit import held, limited
 from ulysses_exp.metrics.collectives import collectives
@@ -36,25 +37,51 @@ WORK: dict[str, Callable[[Session], dict[str, Any]]] = {
     "collectives": collectives,
 }
 
+#: What a rank does, in words for the user.
+PHASES = {
+    "train": "training",
+    "eval": "evaluating",
+    "continuation": "continuing",
+    "reload": "reloading",
+    "trajectory": "training for parity",
+    "try_length": "trying a length",
+    "collectives": "measuring collectives",
+}
+
 
 def run(task: Task, rank: int, store: dist.Store) -> None:
-    """Does `task` as `rank`; the ranks meet through `store`. An error is left for the parent, then raised."""
-    die_with_parent()
-    try:
-        torch.set_num_threads(_threads())
-        with _process_group(task, rank, store), _session(task, rank) as session:
+    """Does `task` as `rank`; the ranks meet through `store`. An error is left for the parent, then raised.
+
+    After an error nothing is taken down: others may be gone, and taking down would wait for them.
+    """
+    torch.set_num_threads(_threads())
+    with contextlib.ExitStack() as built:
+        try:
+            heartbeat.beat("connecting")
+            built.enter_context(_process_group(task, rank, store))
+            heartbeat.beat("building")
+            session = built.enter_context(_session(task, rank))
             if rank == 0:
                 _leave(task.results / "session.json", session.describe())
             for work in task.work:
+                heartbeat.beat(PHASES[work])
                 result = WORK[work](session)
                 if rank == 0:
                     _leave(task.results / f"{work}.json", result)
-    except BaseException as error:
-        failure.record(task.results, rank, error)
-        trace = "".join(traceback.format_exception(error))
-        if redacted(trace) != trace:  # whoever started this rank would write the error down as it is
-            raise RuntimeError(f"see {task.results / f'error-rank{rank}.json'}") from None
-        raise
+            heartbeat.beat("ending")
+        except Stopped as stopped:
+            if rank == 0:
+                _leave(task.results / "stopped.json", {"checkpoint": stopped.checkpoint, "step": stopped.step})
+        except BaseException as error:
+            failure.record(task.results, rank, error)
+            _left_standing.append(built.pop_all())
+            trace = "".join(traceback.format_exception(error))
+            if redacted(trace) != trace:  # whoever started this rank would write the error down as it is
+                raise RuntimeError(f"see {task.results / f'error-rank{rank}.json'}") from None
+            raise
+
+
+_left_standing: list[contextlib.ExitStack] = []  # collected, they would be taken down
 
 
 @contextlib.contextmanager
@@ -79,6 +106,8 @@ def _process_group(task: Task, rank: int, store: dist.Store) -> Iterator[None]:
     device = device_of(task.config)
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    timeout = timedelta(seconds=task.config.launch.timeout_s)
+    store.set_timeout(timeout)
     # DeepSpeed would build and use its shared-memory all-reduce: files in /dev/shm that stay (docs/findings.md)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     dist.init_process_group(
@@ -86,13 +115,12 @@ def _process_group(task: Task, rank: int, store: dist.Store) -> Iterator[None]:
         store=store,
         rank=rank,
         world_size=task.layout.world,
-        timeout=timedelta(seconds=task.config.launch.timeout_s),
+        timeout=timeout,
     )
     deepspeed.init_distributed(dist_backend="nccl" if device == "cuda" else "gloo", auto_mpi_discovery=False)
-    try:
+    with upstream.group_timeout(timeout):
         yield
-    finally:
-        dist.destroy_process_group()
+    dist.destroy_process_group()
 
 
 def _leave(path: Path, result: dict[str, Any]) -> None:

@@ -102,7 +102,7 @@ def test_a_sweep_goes_on_after_ctrl_c_and_after_sigkill(tmp_path):
 
     sweep = RunningSweep(tmp_path)
     started = sweep.send(signal.SIGKILL)
-    assert len(started) >= 2, "a forkserver and a rank"
+    assert len(started) >= 2, "a server and a rank"
     assert gone(started, 10), "ranks outlive their parent"
     sweep.process.communicate()
     assert first in stamps(tmp_path).items()

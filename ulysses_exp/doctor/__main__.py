@@ -143,10 +143,10 @@ def main() -> int:
         parser.error("--ranks: choose from 1 to 64")
     if arguments.clean:
         return _clean(arguments.outputs, Console())
-    if "launch=attached" in arguments.overrides and os.environ.get("RANK", "0") != "0":
-        from ulysses_exp.launch.attached import serve
+    if "launch=attached" in arguments.overrides:
+        from ulysses_exp.cli import leave_to_rank_0
 
-        return serve()
+        leave_to_rank_0(arguments.overrides)
     try:
         asked = asked_for(arguments.overrides, arguments.ranks, arguments.outputs)
     except Exception as error:

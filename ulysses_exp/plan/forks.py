@@ -15,13 +15,12 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
 from typing import Any, TypeVar
 
 from ulysses_exp.config import Config, ConfigError, device_of
 from ulysses_exp.launch.interrupts import as_interrupts
 from ulysses_exp.launch.local import warm_up
-from ulysses_exp.launch.orphans import die_with_parent
+from ulysses_exp.launch.server import Fork, server
 
 A = TypeVar("A")
 R = TypeVar("R")
@@ -38,7 +37,7 @@ class Forks:
 
     def __init__(self, at_a_time: int):
         self._threads = ThreadPoolExecutor(at_a_time)
-        self._running: set[BaseProcess] = set()
+        self._running: set[Fork] = set()
         self._lock = threading.Lock()  # between a process that starts and `close`
         self._closed = False
 
@@ -51,24 +50,19 @@ class Forks:
         return self._threads.submit(self._call, function, argument)
 
     def _call(self, function: Callable[[A], R], argument: A) -> R:
-        context = multiprocessing.get_context("forkserver")
-        receiver, sender = context.Pipe(duplex=False)
-        process = context.Process(target=_answer, args=(function, argument, sender), daemon=True)
-        with self._lock:
-            if self._closed:
-                raise TraceError("no longer asked for")
-            process.start()
-            self._running.add(process)
-        sender.close()
-        try:
-            result, error, trace = receiver.recv()
-        except EOFError:
-            process.join()
-            raise TraceError(_how_it_ended(process.exitcode)) from None
-        finally:
-            process.join()
-            self._running.discard(process)
-            receiver.close()
+        receiver, sender = multiprocessing.Pipe(duplex=False)
+        with receiver:
+            with sender, self._lock:
+                if self._closed:
+                    raise TraceError("no longer asked for")
+                process = server().fork(_answer, function, argument, fds=[sender.fileno()])
+                self._running.add(process)
+            try:
+                result, error, trace = receiver.recv()
+            except EOFError:
+                raise TraceError(_how_it_ended(process.join())) from None
+            finally:
+                self._running.discard(process)
         if error is not None:
             log.error("plan: %s", trace)
             raise error
@@ -110,9 +104,9 @@ def forks(config: Config) -> Iterator[Forks]:
             pool.close()
 
 
-def _answer(function: Callable[[Any], Any], argument: Any, sender: Connection) -> None:
+def _answer(function: Callable[[Any], Any], argument: Any, pipe: int) -> None:
     """In the fork: sends (result, exception, trace). What the libraries print goes nowhere."""
-    die_with_parent()
+    sender = Connection(pipe, readable=False)
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for stream in (1, 2):
         os.dup2(nowhere, stream)

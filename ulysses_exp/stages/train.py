@@ -10,6 +10,8 @@ import torch.distributed as dist
 
 from ulysses_exp import checkpoints
 from ulysses_exp.config import ConfigError
+from ulysses_exp.launch import heartbeat
+from ulysses_exp.launch.stopping import Stopped
 from ulysses_exp.metrics import flops, memory, throughput
 from ulysses_exp.metrics.step_split import step_split
 from ulysses_exp.session import Session
@@ -17,7 +19,11 @@ from ulysses_exp.training import Step, figures, make_step
 
 
 def train(session: Session) -> dict[str, Any]:
-    """Trains to optimizer step `train.steps`, from the checkpoint `checkpoint.source` where there is one."""
+    """Trains to optimizer step `train.steps`, from the checkpoint `checkpoint.source` where there is one.
+
+    Raises:
+        Stopped: a rank has been asked to stop; all ranks have saved a checkpoint at the same step.
+    """
     config = session.config
     session.resume()
     first = session.step
@@ -51,10 +57,16 @@ def train(session: Session) -> dict[str, Any]:
                     session.log(first + len(steps), metrics(session, step, work, peak))
                 pending.clear()
             first_finished = first_finished or time.time()
-            if due or last:
+            stop = steps[-1].asked_to_stop and not pending and not last
+            if due or last or stop:
                 if saving is not None:
                     saving.wait()
+                heartbeat.beat("saving", session.step)
                 saving = save(session)
+                heartbeat.beat("training", session.step)
+            if stop:
+                assert saving is not None
+                raise Stopped(str(saving.wait().folder.relative_to(session.task.folder)), session.step)
     assert saving is not None
     saved = saving.wait()
 
