@@ -55,8 +55,7 @@ def settings(jobs: int) -> list[str]:
             "model.architecture.num_hidden_layers=2", "model.architecture.hidden_size=64",
             "model.architecture.intermediate_size=128", "train.seq_len=32", f"train.steps={STEPS}",
             "train.global_batch_size=2", "train.unmeasured_steps=0", "checkpoint.every=2", "checkpoint.keep=9",
-            "eval.sequences=2",
-            "device=cpu", "tracker.mode=disabled", f"launch.timeout_s={TIMEOUT_S}"]  # fmt: skip
+            "eval.sequences=2", "device=cpu", "tracker.mode=disabled", f"launch.timeout_s={TIMEOUT_S}"]  # fmt: skip
 
 
 @dataclass

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-#: Keys of results.json and metrics.jsonl that tell time, memory, or what follows from them
+#: Keys of results.json, metrics.jsonl and manifests that tell time, memory, or what follows from them
 NOT_COMPARED = {"started", "seconds", "first_step_finished", "tokens_per_second", "step_time_s", "mfu", "hfu",
                 "peak_memory_bytes", "continued_from", "attempts"}  # fmt: skip
 _MEASURED = ("perf/", "memory/")
@@ -55,8 +55,11 @@ def _short(value: Any) -> str:
 
 
 def _of_checkpoints(calm: Path, rough: Path) -> Iterator[str]:
-    """The same files with the same bytes; manifests hold the digests, and no time. A command that was asked to end has
-    saved once more: a whole checkpoint of a step at which the undisturbed job saved none is no difference."""
+    """The same files with the same bytes; of manifests, which hold the digests, the same figures.
+
+    A command that was asked to end has saved once more: a whole checkpoint of a step at which the undisturbed job saved
+    none is no difference.
+    """
     more = {folder.name for folder in rough.glob("step*") if (folder / "manifest.json").is_file()}
     more -= {folder.name for folder in calm.glob("step*")}
     files = {path.relative_to(top) for top in (calm, rough) for path in top.rglob("*") if path.is_file()}
@@ -65,5 +68,8 @@ def _of_checkpoints(calm: Path, rough: Path) -> Iterator[str]:
             yield f"checkpoints/{file} is missing"
         elif not (calm / file).is_file():
             yield f"checkpoints/{file} is left"
+        elif file.name == "manifest.json":  # it has a digest of itself
+            ours, theirs = (json.loads((top / file).read_text()) | {"sha256": None} for top in (calm, rough))
+            yield from _of_a_tree(ours, theirs, f"checkpoints/{file}")
         elif not filecmp.cmp(calm / file, rough / file, shallow=False):
             yield f"checkpoints/{file} has other bytes"

@@ -15,7 +15,7 @@ from ulysses_exp.doctor.finding import Asked, Finding, ok, warning
 
 #: How the server of a command's ranks (launch/server.py) is started; its forks, the ranks, keep its command line. The
 #: number is the command's.
-_RANKS_OF = re.compile(rb"from ulysses_exp\.launch\.server import serve; serve\(\d+, (\d+)\)")
+_RANKS_OF = re.compile(rb"from ulysses_exp\.launch\.server import serve; serve\(\d+, (\d+)\b")
 _SHOWN = 3  # of each kind, the others as a number
 _CLEAN = "python -m ulysses_exp.doctor --clean"
 
