@@ -1,6 +1,7 @@
 """A multirun's jobs: which are done already, how far the sweep is, and what became of each.
 
-Hydra's own launcher runs the jobs one after another in this process, so the server that ranks are forks of stays warm between them.
+Hydra's own launcher runs the jobs one after another in this process, so the server that ranks are forks of stays warm
+between them.
 """
 
 from __future__ import annotations
