@@ -151,6 +151,15 @@ def test_default_reload_targets_keep_to_what_the_batch_allows():
     assert all("dp1" in name for name in config.reload.layouts)
 
 
+def test_layouts_of_more_ranks_than_are_attached(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert all("sp4" not in name for name in composed("launch=attached", "zero.stage=3").reload.layouts)
+    with pytest.raises(ConfigError, match="sp4-dp1-z2 needs 4 ranks, 2 are attached"):
+        composed("launch=attached", "sp.size=4")
+    composed("launch=attached", "sp.size=8", "stages=[plan]")  # a plan is for machines that are not here
+
+
 def test_gpus_that_are_not_there(monkeypatch):
     monkeypatch.setattr("ulysses_exp.config.accelerators", lambda: 2)
     with pytest.raises(ConfigError, match=r"sp\.size: .*needs 4 GPUs, 2 are present"):

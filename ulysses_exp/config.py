@@ -268,6 +268,13 @@ def accelerators() -> int:
     return min(present, len(chosen))
 
 
+def attached_ranks() -> int | None:
+    """How many ranks torchrun or srun says that it has started; None where it says nothing."""
+    names = (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS"))
+    said = next((os.environ.get(world, "") for rank, world in names if rank in os.environ), "")
+    return int(said) if said.isdecimal() else None
+
+
 def device_of(config: Config) -> str:
     """What `device=auto` means on this machine: `cuda` or `cpu`."""
     if config.device != "auto":
@@ -454,6 +461,10 @@ def check_layout(config: Config, layout: Layout, key: str) -> None:
             f"{layout.name} needs {layout.world} GPUs, {accelerators()} are present",
             "set device=cpu, or smaller sp.size and dp.size",
         )
+    if config.launch.name == "attached" and layout.world > (there := attached_ranks() or layout.world):
+        raise ConfigError(
+            key, f"{layout.name} needs {layout.world} ranks, {there} are attached", "set smaller sp.size and dp.size"
+        )
     if config.launch.name == "local" and layout.world > 64:
         raise ConfigError(
             key, f"{layout.world} ranks on one machine", "set sp.size x dp.size to at most 64, or launch=attached"
@@ -574,7 +585,7 @@ def check(config: Config) -> None:
     if set(c.stages) != {"plan"}:
         check_layout(c, c.layout, "sp.size")
     else:
-        check_layout(replace(c, launch=replace(c.launch, name="attached")), c.layout, "sp.size")
+        check_layout(replace(c, launch=replace(c.launch, name="slurm")), c.layout, "sp.size")  # not of this machine
     if "plan" in c.stages:
         from ulysses_exp.plan.hardware import load
 
