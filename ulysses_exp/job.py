@@ -17,9 +17,12 @@ from typing import Any
 
 from rich.console import Console
 
+from ulysses_exp import continuing
 from ulysses_exp.config import Config, ConfigError, device_of, text_architecture
+from ulysses_exp.continuing import Earlier
 from ulysses_exp.launch import RankFailure, Ranks, Task
 from ulysses_exp.layout import REFERENCE, Layout
+from ulysses_exp.output_trouble import of_the_place, said
 from ulysses_exp.report.terminal import Progress, summary
 from ulysses_exp.sweep import fingerprint
 from ulysses_exp.tracking import Tracker
@@ -44,15 +47,33 @@ class Source:
 
 
 def run(
-    config: Config, folder: Path, *, group: str | None, ranks: Ranks, console: Console, headline: str | None = None
+    config: Config,
+    folder: Path,
+    *,
+    group: str | None,
+    ranks: Ranks,
+    console: Console,
+    headline: str | None = None,
+    earlier: Earlier | None = None,
 ) -> dict[str, Any]:
     """Runs the stages of `config` in order and writes results.json; returns what it wrote.
 
-    A stage that fails is recorded with its reason and the stages that do not need it go on. Raises KeyboardInterrupt
-    after results.json says `interrupted`.
+    A stage that fails is recorded with its reason and the stages that do not need it go on.
+
+    Args:
+        earlier: what earlier attempts of the job left in `folder` to go on from.
+
+    Raises:
+        KeyboardInterrupt: after results.json says `interrupted`.
+        OSError: nothing can be written to `folder` from the start.
     """
-    job = Job(config, folder, ranks)
+    job = Job(config, folder, ranks, earlier)
+    job.write()
+    if earlier is not None:
+        continuing.tidy(folder, earlier)
     with _run_log(folder), Progress(console, headline) as progress:
+        if earlier is not None:
+            progress.note(f"continues at step {earlier.step} of {config.train.steps}")
         tracker = Tracker(
             config,
             folder,
@@ -64,7 +85,8 @@ def run(
         )
         with tracker:
             try:
-                with following(folder / "metrics.jsonl", progress, tracker):
+                known = len(earlier.lines) if earlier is not None else 0
+                with following(folder / "metrics.jsonl", progress, tracker, known):
                     job.run(progress)
             finally:
                 tracker.finish(job.results, failed=job.results["status"] != "ok")
@@ -75,12 +97,12 @@ def run(
 class Job:
     """The results of a job as they come in, and the tasks that bring them."""
 
-    def __init__(self, config: Config, folder: Path, ranks: Ranks):
-        self.config, self.folder, self.ranks = config, folder, ranks
+    def __init__(self, config: Config, folder: Path, ranks: Ranks, earlier: Earlier | None = None):
+        self.config, self.folder, self.ranks, self.earlier = config, folder, ranks, earlier
         self.results: dict[str, Any] = {
             "schema_version": 1,
-            "status": "failed",
-            "error": "did not finish",
+            "status": "running",
+            "error": None,
             "layout": config.layout.as_dict(),
             "model": _model_before_start(config),
             "versions": {
@@ -93,6 +115,10 @@ class Job:
             "started": time.time(),
             "stages": {},
         }
+        if earlier is not None:
+            self.results.update(earlier.session)
+            if earlier.train is not None:
+                self.results["stages"]["train"] = earlier.train
         self._main: Task | None = None
         self._longest: dict[str, Any] = {}  # what the search for the longest sequence adds to the train stage
 
@@ -105,7 +131,7 @@ class Job:
                     continue
                 progress.start(stage, self.config.train.steps if stage == "train" else None)
                 self.run_stage(stage, progress.note)
-                self.write()
+                self._write_if_possible()
         except KeyboardInterrupt:
             self._collect()
             self.results.update(status="interrupted", error="interrupted")
@@ -130,6 +156,8 @@ class Job:
         except Exception as error:
             log.exception("stage %s failed", stage)
             reason = f"{type(error).__name__}: {error} (a defect of ulysses-exp; the trace is in run.log)"
+            if isinstance(error, OSError) and of_the_place(error):
+                reason = said(error)
             self.results["stages"][stage] = {"status": "failed", "reason": reason}
         result = self.results["stages"][stage]
         if stage == "train":
@@ -299,18 +327,21 @@ class Job:
         return {"bypassed_evaluation_bytes": bypassed_evaluation_bytes(self.config)}
 
     def _source_options(self) -> dict[str, Any]:
+        if self.earlier is not None:
+            return {"checkpoint": str(self.earlier.checkpoint)}
         if self.config.checkpoint.source is None:
             return {}
         return {"checkpoint": str(_checkpoint_of(Path(self.config.checkpoint.source).expanduser()))}
 
     def _source(self, note: Callable[[str], None]) -> Source:
-        train = self.results["stages"].get("train")
-        if train is not None:
-            losses = _read_if_there(self.folder / "ranks" / "main" / "continuation.json").get("loss")
-            return Source(self.folder / train["checkpoint"], self.config.layout, losses)
-        run_folder = Path(self.config.checkpoint.source or "").expanduser()
-        checkpoint = _checkpoint_of(run_folder)
-        results = _read_if_there(run_folder / "results.json")
+        train = self.results["stages"].get("train") or {}
+        if train.get("checkpoint"):
+            run_folder, checkpoint = self.folder, self.folder / train["checkpoint"]
+            results = self.results
+        else:
+            run_folder = Path(self.config.checkpoint.source or "").expanduser()
+            checkpoint = _checkpoint_of(run_folder)
+            results = _read_if_there(run_folder / "results.json")
         try:
             layout = Layout.parse(_read(checkpoint / "manifest.json")["layout"])
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -322,6 +353,8 @@ class Job:
                         {"checkpoint": str(checkpoint)})  # fmt: skip
             self._do(task)
             losses = _read(task.results / "continuation.json")["loss"]
+            if train.get("checkpoint"):
+                train["continuation_loss"] = losses
         return Source(checkpoint, layout, losses)
 
     def _collect(self) -> None:
@@ -331,6 +364,8 @@ class Job:
         self._describe(self._main)
         for work in ("train", "eval"):
             if result := _read_if_there(self._main.results / f"{work}.json"):
+                if work == "train" and self.earlier is not None and self.earlier.train is None:
+                    result = continuing.joined(result, self.folder, self.config, self.earlier)
                 self.results["stages"].setdefault(work, result)
         if losses := _read_if_there(self._main.results / "continuation.json").get("loss"):
             self.results["stages"]["train"]["continuation_loss"] = losses
@@ -350,13 +385,28 @@ class Job:
                 f"stage {failed[0]}: {stages.get(failed[0], {}).get('reason', 'did not run')}" if failed else None
             )
         self.results["seconds"] = round(time.time() - self.results["started"], 3)
-        self.write()
+        if (problem := self._write_if_possible()) is not None:
+            self.results.update(status="failed", error=problem)
 
     def write(self) -> None:
-        """results.json, whole or not at all."""
+        """results.json, whole or not at all. Raises OSError."""
         temporary = self.folder / "results.json.tmp"
-        temporary.write_text(json.dumps(self.results, indent=1, allow_nan=True))
-        temporary.replace(self.folder / "results.json")
+        try:
+            temporary.write_text(json.dumps(self.results, indent=1, allow_nan=True))
+            temporary.replace(self.folder / "results.json")
+        except OSError:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            raise
+
+    def _write_if_possible(self) -> str | None:
+        """Writes results.json; returns why it cannot be written."""
+        try:
+            self.write()
+        except OSError as error:
+            log.error("results.json cannot be written: %s", error)
+            return said(error)
+        return None
 
 
 def judged(cell: dict[str, Any], uninterrupted: list[float] | None, tolerance: float) -> dict[str, Any]:
@@ -380,8 +430,12 @@ def judged(cell: dict[str, Any], uninterrupted: list[float] | None, tolerance: f
 
 
 @contextlib.contextmanager
-def following(path: Path, progress: Progress, tracker: Tracker) -> Iterator[None]:
-    """While open, hands every line that rank 0 adds to metrics.jsonl to the terminal and to the tracker."""
+def following(path: Path, progress: Progress, tracker: Tracker, known: int = 0) -> Iterator[None]:
+    """While open, hands every line that rank 0 adds to metrics.jsonl to the terminal and to the tracker.
+
+    Args:
+        known: first lines that earlier attempts of the job have shown; the tracker, which has a new run, gets them.
+    """
     done = threading.Event()
 
     def follow() -> None:
@@ -389,7 +443,7 @@ def following(path: Path, progress: Progress, tracker: Tracker) -> Iterator[None
             if done.wait(0.05):
                 return
         with path.open() as file:
-            rest = ""
+            rest, old = "", known
             while True:
                 last = done.is_set()  # read once more after the ranks have ended
                 rest += file.read()
@@ -398,7 +452,10 @@ def following(path: Path, progress: Progress, tracker: Tracker) -> Iterator[None
                     metrics = json.loads(line)
                     step = metrics.pop("step")
                     tracker.log(metrics, step)
-                    progress.step({"step": step, **metrics})
+                    if old:
+                        old -= 1
+                    else:
+                        progress.step({"step": step, **metrics})
                 if last:
                     return
                 done.wait(0.1)
@@ -412,10 +469,17 @@ def following(path: Path, progress: Progress, tracker: Tracker) -> Iterator[None
         thread.join()
 
 
+class _Log(logging.FileHandler):
+    """A log whose disk may fill up."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Says nothing: logging would print a trace onto the terminal for every line that cannot be written."""
+
+
 @contextlib.contextmanager
 def _run_log(folder: Path) -> Iterator[None]:
     """run.log: what happened, with the full traces that the terminal is spared."""
-    handler = logging.FileHandler(folder / "run.log")
+    handler = _Log(folder / "run.log")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     log.setLevel(logging.INFO)
     log.addHandler(handler)
@@ -423,7 +487,8 @@ def _run_log(folder: Path) -> Iterator[None]:
         yield
     finally:
         log.removeHandler(handler)
-        handler.close()
+        with contextlib.suppress(OSError):
+            handler.close()
 
 
 def _installed(name: str) -> bool:

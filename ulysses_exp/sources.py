@@ -23,7 +23,8 @@ def run_folders(source: str) -> list[Path]:
         if (path / ".hydra").is_dir() or (path / "manifest.json").exists():
             found.append(path)
         else:
-            found += sorted(p.parent for p in path.glob("**/.hydra") if (p.parent / "checkpoints" / "latest").exists())
+            runs = (p.parent for p in path.glob("**/.hydra") if (p.parent / "checkpoints" / "latest").exists())
+            found += sorted(run for run in runs if "previous" not in run.relative_to(path).parts)  # moved aside
     return found
 
 
