@@ -282,8 +282,8 @@ def _run_job(cfg: Any, sweep: Sweep) -> float | None:
     except OSError as error:
         if not output_trouble.of_the_place(error):
             raise
-        sweep.add("failed", name, output_trouble.said(error))
-        console.print(f"[red]failed[/] {name}: {output_trouble.said(error)}", highlight=False, soft_wrap=True)
+        sweep.add("failed", name, output_trouble.said(error, folder))
+        console.print(f"[red]failed[/] {name}: {output_trouble.said(error, folder)}", highlight=False, soft_wrap=True)
         return None
     finally:
         run_folder.release(folder)

@@ -386,7 +386,8 @@ class Job:
             )
         self.results["seconds"] = round(time.time() - self.results["started"], 3)
         if (problem := self._write_if_possible()) is not None:
-            self.results.update(status="failed", error=problem)
+            before = self.results["error"]
+            self.results.update(status="failed", error=f"{before}; {problem}" if before else problem)
 
     def write(self) -> None:
         """results.json, whole or not at all. Raises OSError."""
@@ -394,7 +395,8 @@ class Job:
         try:
             temporary.write_text(json.dumps(self.results, indent=1, allow_nan=True))
             temporary.replace(self.folder / "results.json")
-        except OSError:
+        except OSError as error:
+            error.filename = str(self.folder / "results.json")
             with contextlib.suppress(OSError):
                 temporary.unlink()
             raise
@@ -469,17 +471,11 @@ def following(path: Path, progress: Progress, tracker: Tracker, known: int = 0) 
         thread.join()
 
 
-class _Log(logging.FileHandler):
-    """A log whose disk may fill up."""
-
-    def handleError(self, record: logging.LogRecord) -> None:
-        """Says nothing: logging would print a trace onto the terminal for every line that cannot be written."""
-
-
 @contextlib.contextmanager
 def _run_log(folder: Path) -> Iterator[None]:
     """run.log: what happened, with the full traces that the terminal is spared."""
-    handler = _Log(folder / "run.log")
+    logging.raiseExceptions = False  # a full disk would print a trace onto the terminal for every line of a log
+    handler = logging.FileHandler(folder / "run.log")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     log.setLevel(logging.INFO)
     log.addHandler(handler)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import time
 import traceback
 from pathlib import Path
+
+from ulysses_exp.output_trouble import full_places
 
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "std::bad_alloc")
 
@@ -38,7 +41,8 @@ def record(folder: Path, rank: int, error: BaseException) -> None:
         "message": f"out of memory ({message})" if oom else message,
         "trace": "".join(traceback.format_exception(error)),
     }
-    (folder / f"error-rank{rank}.json").write_text(json.dumps(entry))
+    with contextlib.suppress(OSError):  # the disk is full; `first_failure` says so
+        (folder / f"error-rank{rank}.json").write_text(json.dumps(entry))
 
 
 def first_failure(folder: Path, exitcodes: dict[int, int | None]) -> RankFailure:
@@ -55,8 +59,14 @@ def first_failure(folder: Path, exitcodes: dict[int, int | None]) -> RankFailure
             return RankFailure(rank, f"killed by {name}{hint}")
     errors = []
     for path in folder.glob("error-rank*.json"):
-        entry = json.loads(path.read_text())
+        try:
+            entry = json.loads(path.read_text())
+        except ValueError:  # not even the reason could be written
+            continue
         errors.append((entry["time"], int(path.stem.removeprefix("error-rank")), entry))
+    for place in full_places([folder, Path("/dev/shm")]):
+        if not any("cannot be written" in entry["message"] for _, _, entry in errors):  # who failed first could not say
+            return RankFailure(next((r for r, code in exitcodes.items() if code), 0), f"{place} is full")
     if errors:
         _, rank, entry = min(errors, key=lambda e: e[:2])
         lines = entry["message"].splitlines()
