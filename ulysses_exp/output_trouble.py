@@ -98,7 +98,7 @@ def forgiving_streams() -> Iterator[None]:
         try:
             os.fstat(descriptor)
         except OSError:  # closed: the first file that a job opens would get its number, and what others print
-            os.open(os.devnull, os.O_RDWR)
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # gets the lowest free number, which is this one
     before = sys.stdout, sys.stderr
     streams = [_Forgiving(stream) if stream is not None else io.StringIO() for stream in before]
     sys.stdout, sys.stderr = streams  # type: ignore[assignment]

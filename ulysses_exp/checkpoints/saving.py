@@ -71,7 +71,7 @@ def begin(
     folder = Path(folder)
     rank = dist.get_rank()
     temporary = folder.parent / f".{folder.name}.partial"
-    with _gone_if_it_fails(temporary):
+    with _gone_if_it_fails(temporary, folder):
         with written_together(folder):
             if rank == 0:
                 publish.begin(folder)
@@ -81,17 +81,17 @@ def begin(
 
 
 @contextlib.contextmanager
-def _gone_if_it_fails(temporary: Path) -> Iterator[None]:
+def _gone_if_it_fails(temporary: Path, folder: Path) -> Iterator[None]:
     """Removes what could be written of a checkpoint that cannot: it would keep the disk full."""
     try:
         yield
-    except CheckpointError:
+    except CheckpointError as error:
         if dist.get_rank() == 0:
             for file in temporary.glob("*/*"):
                 with contextlib.suppress(OSError):
                     os.truncate(file, 0)  # ranks that have it open would keep its bytes
             shutil.rmtree(temporary, ignore_errors=True)
-        raise
+        raise CheckpointError(folder, error.problem) from error
 
 
 def _write(
@@ -150,7 +150,7 @@ class Saving:
         Raises:
             CheckpointError: on all ranks, where one of them could not write; what was there before is still there.
         """
-        with _gone_if_it_fails(self._temporary), written_together(self._folder):
+        with _gone_if_it_fails(self._temporary, self._folder), written_together(self._folder):
             self._thread.join()
             if self._error is not None:
                 raise self._error

@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 import signal
+import sys
 import time
 import traceback
 from pathlib import Path
 
 from ulysses_exp.output_trouble import full_places
+
+_LAST_WORDS = "ulysses-exp: "  # what follows, in a rank's stderr, is its error
 
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "std::bad_alloc")
 
@@ -41,8 +44,11 @@ def record(folder: Path, rank: int, error: BaseException) -> None:
         "message": f"out of memory ({message})" if oom else message,
         "trace": "".join(traceback.format_exception(error)),
     }
-    with contextlib.suppress(OSError):  # the disk is full; `first_failure` says so
+    try:
         (folder / f"error-rank{rank}.json").write_text(json.dumps(entry))
+    except OSError:  # no room for a file; the one that stderr goes to is there already
+        with contextlib.suppress(OSError):
+            print(f"{_LAST_WORDS}{' '.join(message.split())}", file=sys.stderr, flush=True)
 
 
 def first_failure(folder: Path, exitcodes: dict[int, int | None]) -> RankFailure:
@@ -57,19 +63,26 @@ def first_failure(folder: Path, exitcodes: dict[int, int | None]) -> RankFailure
             if name == "SIGABRT" and said.exists() and "std::bad_alloc" in said.read_text(errors="replace"):
                 hint = " (out of memory: std::bad_alloc in a thread of its own)"
             return RankFailure(rank, f"killed by {name}{hint}")
-    errors = []
+    errors, unsaid = [], []
     for path in folder.glob("error-rank*.json"):
         try:
             entry = json.loads(path.read_text())
         except ValueError:  # not even the reason could be written
+            unsaid.append(folder)
             continue
         errors.append((entry["time"], int(path.stem.removeprefix("error-rank")), entry))
-    for place in full_places([folder, Path("/dev/shm")]):
-        if not any("cannot be written" in entry["message"] for _, _, entry in errors):  # who failed first could not say
-            return RankFailure(next((r for r, code in exitcodes.items() if code), 0), f"{place} is full")
+    full = unsaid or full_places([folder, Path("/dev/shm")])
+    if full and not any("cannot be written" in entry["message"] for _, _, entry in errors):
+        rank = next((r for r, code in exitcodes.items() if code), 0)  # who failed first could not say why
+        return RankFailure(rank, f"the disk of {full[0]} is full")
     if errors:
         _, rank, entry = min(errors, key=lambda e: e[:2])
         lines = entry["message"].splitlines()
         return RankFailure(rank, next((line for line in lines if line.strip()), "no message"), entry["trace"])
+    for rank in exitcodes:
+        said = folder / f"rank{rank}.err"
+        lines = said.read_text(errors="replace").splitlines() if said.exists() else []
+        if words := [line for line in lines if line.startswith(_LAST_WORDS)]:
+            return RankFailure(rank, words[0].removeprefix(_LAST_WORDS))
     rank, code = next(((r, c) for r, c in exitcodes.items() if c), (0, None))
     return RankFailure(rank, f"ended with exit code {code} and no message")
