@@ -30,6 +30,10 @@ class WarmCommand:
             env=surroundings | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])},
         )  # fmt: skip
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
     def __call__(self, *overrides: str) -> tuple[int, str]:
         """(exit code, what stdout and stderr showed)."""
         assert self._process.stdin is not None and self._process.stdout is not None

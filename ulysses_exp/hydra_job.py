@@ -53,7 +53,8 @@ def run(
 def done(config: Config, folder: Path, jobs: sweep.Sweep, console: Console) -> float | None:
     """Says that an earlier call has done this job; returns what a search is to optimize."""
     jobs.add("ok", folder.name, None, ran=False)
-    console.print(f"[green]done[/] {folder.name}", highlight=False, soft_wrap=True)
+    hint = "" if jobs.total > 1 else " already; sweep.rerun=all runs it anew"
+    console.print(f"[green]done[/] {folder.name}{hint}", highlight=False, soft_wrap=True)
     return sweep.objective(config.optimize.metric, json.loads((folder / "results.json").read_text()))
 
 
