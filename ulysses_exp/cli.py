@@ -9,7 +9,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,13 @@ CONF = _HERE / "conf" if (_HERE / "conf").is_dir() else _HERE.parent / "conf"
 
 def main() -> None:
     """Entry point of run.py and of the installed command `ulysses-exp`."""
+    from ulysses_exp.output_trouble import forgiving_streams
+
+    with forgiving_streams():
+        _command()
+
+
+def _command() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach us as exceptions; we say them in a line
     from hydra._internal.utils import get_args_parser
 
@@ -32,6 +39,7 @@ def main() -> None:
     if "launch=attached" in arguments.overrides:
         leave_to_rank_0(arguments.overrides)
     asks = arguments.help or arguments.hydra_help or arguments.cfg or arguments.info or arguments.shell_completion
+    from ulysses_exp import output_trouble, run_folder
     from ulysses_exp.interruption import continue_command
     from ulysses_exp.launch.stopping import requests
     from ulysses_exp.redaction import check_overrides, redacted
@@ -43,7 +51,7 @@ def main() -> None:
         _register_resolvers(axes)
         if not asks:
             check_overrides(arguments.overrides)
-            jobs = sweep_overrides(arguments.overrides, arguments.multirun)
+            jobs = sweep_overrides(arguments.overrides, arguments.multirun, _claim)
             if jobs is not None:
                 flags = [word for word in sys.argv[1:] if word not in arguments.overrides]
                 sys.argv[1:] = [*flags, *([] if arguments.multirun else ["-m"]), *jobs]
@@ -62,6 +70,10 @@ def main() -> None:
                 print(line, file=sys.stderr)
         sys.exit(130)
     except Exception as error:
+        run_folder.abandon()
+        if isinstance(error, OSError) and output_trouble.of_the_place(error):
+            print(output_trouble.said(error), file=sys.stderr)
+            sys.exit(1)
         message = _user_message(error)
         if message is None:
             raise
@@ -98,8 +110,10 @@ def _register_resolvers(axes: Collection[str]) -> None:
 
     from ulysses_exp.sweep import job_name
 
-    now = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    started = datetime.now()  # Hydra's own ${now:} is another time each time it is asked
+    now = started.strftime("%Y-%m-%d_%H-%M-%S")
     OmegaConf.register_new_resolver("sweep_folder", lambda name: name or now, replace=True)
+    OmegaConf.register_new_resolver("started", started.strftime, replace=True)
 
     def job_folder(overrides: list[str], number: int) -> str:
         return job_name(overrides, number, axes)
@@ -115,11 +129,27 @@ def _name_run(name: str) -> None:
     OmegaConf.register_new_resolver("run_name", lambda composed: name, replace=True)
 
 
-def sweep_overrides(overrides: list[str], multirun: bool) -> list[str] | None:
+def _claim(config: Config | None, folder: Path, key: str) -> None:
+    """Takes the folder of the one job, or, without a `config`, of a sweep, before Hydra writes there."""
+    from ulysses_exp import run_folder
+
+    if config is None:
+        run_folder.lock(folder, key, run_folder.OF_A_SWEEP)
+    else:
+        run_folder.refuse_own(config, folder)
+        run_folder.lock(folder, key)
+
+
+def sweep_overrides(
+    overrides: list[str], multirun: bool, claim: Callable[[Config | None, Path, str], None] | None = None
+) -> list[str] | None:
     """What Hydra is to make the jobs of a sweep from; None for a single job, which has been checked then.
 
     A sweep is what the user asked for with -m, a study, or a job over several run folders. A study brings its own axes;
     Hydra would multiply those that the user also gives, so they are left out.
+
+    Args:
+        claim: called with the configuration of the one job (None: a sweep), its folder, and the key that names it.
 
     Raises:
         ConfigError: the one job cannot run, or several values were given for one.
@@ -131,12 +161,16 @@ def sweep_overrides(overrides: list[str], multirun: bool) -> list[str] | None:
     several = _swept(overrides)
     varied = [override.input_line for override in several]
     plain = [override for override in overrides if override not in varied]
-    axes = _compose(plain, check=not (multirun or several))
+    axes, config, settings = _compose(plain, check=not (multirun or several))
     if not (multirun or sources or axes):
         if several:
             key = several[0].key_or_group
             raise ConfigError(key, "has several values", "add -m to run a job for each")
+        if claim is not None:
+            claim(config, Path(settings.run.dir), "hydra.run.dir")
         return None
+    if claim is not None:
+        claim(None, Path(settings.sweep.dir), "sweep.name" if _names_its_sweep(plain) else "hydra.sweep.dir")
     given = {override.partition("=")[0].lstrip("+~") for override in overrides}
     kept = [f"{key}={values}" for key, values in axes.items() if key not in given]
     return [*kept, *overrides, *(["hydra.sweeper.params=null"] if axes else [])]
@@ -149,8 +183,18 @@ def _swept(overrides: list[str]) -> list[Any]:
     return [o for o in OverridesParser.create().parse_overrides(overrides) if o.is_sweep_override()]
 
 
-def _compose(overrides: list[str], check: bool) -> dict[str, str]:
-    """Composes a job, and checks it before Hydra makes its folder; returns the axes of a study that is a sweep."""
+def _names_its_sweep(overrides: list[str]) -> bool:
+    return any(override.startswith("sweep.name=") for override in overrides) and not any(
+        override.startswith("hydra.sweep.dir=") for override in overrides
+    )
+
+
+def _compose(overrides: list[str], check: bool) -> tuple[dict[str, str], Config | None, Any]:
+    """Composes a job, and checks it before Hydra makes its folder.
+
+    Returns:
+        The axes of a study that is a sweep, the configuration where it was checked, and Hydra's own settings.
+    """
     from hydra import compose, initialize_config_dir
     from hydra.types import RunMode
     from omegaconf import open_dict
@@ -162,10 +206,12 @@ def _compose(overrides: list[str], check: bool) -> dict[str, str]:
     of_hydra = cfg.hydra
     with open_dict(cfg):
         del cfg["hydra"]
+    checked = None
     if check:
         checked = config.resolve(sources.inherit(cfg, overrides))
         _name_run(f"{checked.model.name}-{checked.layout.name}")
-    return dict(of_hydra.sweeper.params or {}) if of_hydra.mode == RunMode.MULTIRUN else {}
+    axes = dict(of_hydra.sweeper.params or {}) if of_hydra.mode == RunMode.MULTIRUN else {}
+    return axes, checked, of_hydra
 
 
 def _jobs(overrides: list[str]) -> int:
@@ -237,16 +283,12 @@ def _hydra(sweep: Sweep) -> None:
 
 def _run_job(cfg: Any, sweep: Sweep) -> float | None:
     """One job of Hydra's, in its folder. Returns what a search is to optimize."""
-    import json
-
     from hydra.core.hydra_config import HydraConfig
-    from omegaconf import OmegaConf
     from rich.console import Console
 
     from ulysses_exp import config as schema
-    from ulysses_exp import sources
+    from ulysses_exp import hydra_job, output_trouble, run_folder, sources
     from ulysses_exp import sweep as sweeps
-    from ulysses_exp.redaction import redacted
 
     hydra_config = HydraConfig.get()
     folder = sweep.folder = Path(hydra_config.runtime.output_dir)
@@ -259,42 +301,32 @@ def _run_job(cfg: Any, sweep: Sweep) -> float | None:
     except schema.ConfigError as error:
         if not multirun:
             raise
-        sweeps.clear(folder)
-        (folder / "results.json").write_text(redacted(json.dumps(sweeps.skipped(cfg, str(error)), indent=1)))
+        hydra_job.skip(cfg, folder, str(error))
         sweep.add("skipped", name, str(error), ran=False)
         console.print(f"[yellow]skipped[/] {name}: {error}", highlight=False, soft_wrap=True)
         return None
-    # with what it inherits from checkpoint.source, and without interpolations: whoever reads it resolves none
-    OmegaConf.save(cfg, folder / ".hydra" / "config.yaml", resolve=True)
     if multirun and sweeps.finished(config, folder):
-        sweep.add("ok", name, None, ran=False)
-        console.print(f"[green]done[/] {name}", highlight=False, soft_wrap=True)
-        return sweeps.objective(config.optimize.metric, json.loads((folder / "results.json").read_text()))
-    sweeps.clear(folder)
+        return hydra_job.done(config, folder, sweep, console)
     try:
-        results = _launch(config, folder, hydra_config, sweep.headline() if multirun else None, console)
-    except KeyboardInterrupt:
-        sweep.add("interrupted", name, "it runs again when the sweep does")
-        raise
-    sweep.add(results["status"], name, results["error"])
-    return sweeps.objective(config.optimize.metric, results)
-
-
-def _launch(config: Config, folder: Path, hydra_config: Any, headline: str | None, console: Any) -> dict[str, Any]:
-    from ulysses_exp.config import device_of
-    from ulysses_exp.launch.local import warm_up
-
-    if config.launch.name == "local":
-        warm_up(device_of(config))  # the ranks' imports run beside ours
-    from ulysses_exp import job
-    from ulysses_exp.launch import open_ranks
-
-    group = config.sweep.name or hydra_config.runtime.choices.get("experiment")
-    ranks = open_ranks(config)
+        run_folder.refuse_own(config, folder)
+        run_folder.lock(folder, "sweep.name" if config.sweep.name else "hydra.sweep.dir")
+    except schema.ConfigError as error:
+        if not multirun:
+            raise
+        sweep.add("failed", name, str(error), ran=False)
+        console.print(f"[red]failed[/] {name}: {error}", highlight=False, soft_wrap=True)
+        return None
     try:
-        return job.run(config, folder, group=group, ranks=ranks, console=console, headline=headline)
+        headline = sweep.headline() if multirun else None
+        return hydra_job.run(cfg, config, hydra_config, sweep, console, headline)
+    except OSError as error:
+        if not output_trouble.of_the_place(error):
+            raise
+        sweep.add("failed", name, output_trouble.said(error, folder))
+        console.print(f"[red]failed[/] {name}: {output_trouble.said(error, folder)}", highlight=False, soft_wrap=True)
+        return None
     finally:
-        ranks.close()
+        run_folder.release(folder)
 
 
 def _user_message(error: Exception) -> str | None:

@@ -17,13 +17,15 @@ from typing import Any
 
 from rich.console import Console
 
-from ulysses_exp import redaction, sources
+from ulysses_exp import continuing, redaction, sources
 from ulysses_exp.checkpoints.errors import CheckpointError
 from ulysses_exp.checkpoints.manifest import Manifest
 from ulysses_exp.config import Config, ConfigError, device_of, text_architecture
+from ulysses_exp.continuing import Earlier
 from ulysses_exp.launch import RankFailure, Ranks, Task
 from ulysses_exp.launch.supervision import stopped_at
 from ulysses_exp.layout import REFERENCE, Layout
+from ulysses_exp.output_trouble import of_the_place, said
 from ulysses_exp.received import Refused
 from ulysses_exp.report.terminal import Progress, summary
 from ulysses_exp.sweep import fingerprint
@@ -49,15 +51,33 @@ class Source:
 
 
 def run(
-    config: Config, folder: Path, *, group: str | None, ranks: Ranks, console: Console, headline: str | None = None
+    config: Config,
+    folder: Path,
+    *,
+    group: str | None,
+    ranks: Ranks,
+    console: Console,
+    headline: str | None = None,
+    earlier: Earlier | None = None,
 ) -> dict[str, Any]:
     """Runs the stages of `config` in order and writes results.json; returns what it wrote.
 
-    A stage that fails is recorded with its reason and the stages that do not need it go on. Raises KeyboardInterrupt
-    after results.json says `interrupted`.
+    A stage that fails is recorded with its reason and the stages that do not need it go on.
+
+    Args:
+        earlier: what earlier attempts of the job left in `folder` to go on from.
+
+    Raises:
+        KeyboardInterrupt: after results.json says `interrupted`.
+        OSError: nothing can be written to `folder` from the start.
     """
-    job = Job(config, folder, ranks)
+    job = Job(config, folder, ranks, earlier)
+    job.write()
+    if earlier is not None:
+        continuing.tidy(folder, earlier)
     with _run_log(folder), Progress(console, headline) as progress:
+        if earlier is not None:
+            progress.note(f"continues at step {earlier.step} of {config.train.steps}")
         tracker = Tracker(
             config,
             folder,
@@ -69,7 +89,8 @@ def run(
         )
         with tracker:
             try:
-                with following(folder / "metrics.jsonl", progress, tracker):
+                known = len(earlier.lines) if earlier is not None else 0
+                with following(folder / "metrics.jsonl", progress, tracker, known):
                     job.run(progress)
             finally:
                 tracker.finish(job.results, failed=job.results["status"] != "ok")
@@ -80,12 +101,12 @@ def run(
 class Job:
     """The results of a job as they come in, and the tasks that bring them."""
 
-    def __init__(self, config: Config, folder: Path, ranks: Ranks):
-        self.config, self.folder, self.ranks = config, folder, ranks
+    def __init__(self, config: Config, folder: Path, ranks: Ranks, earlier: Earlier | None = None):
+        self.config, self.folder, self.ranks, self.earlier = config, folder, ranks, earlier
         self.results: dict[str, Any] = {
             "schema_version": 1,
-            "status": "failed",
-            "error": "did not finish",
+            "status": "running",
+            "error": None,
             "layout": config.layout.as_dict(),
             "model": _model_before_start(config),
             "versions": {
@@ -98,6 +119,10 @@ class Job:
             "started": time.time(),
             "stages": {},
         }
+        if earlier is not None:
+            self.results.update(earlier.session)
+            if earlier.train is not None:
+                self.results["stages"]["train"] = earlier.train
         self._main: Task | None = None
         self._longest: dict[str, Any] = {}  # what the search for the longest sequence adds to the train stage
 
@@ -110,7 +135,7 @@ class Job:
                     continue
                 progress.start(stage, self.config.train.steps if stage == "train" else None)
                 self.run_stage(stage, progress.note)
-                self.write()
+                self._write_if_possible()
         except KeyboardInterrupt as stop:
             self._collect()
             self._interrupted(str(stop))
@@ -135,6 +160,8 @@ class Job:
         except Exception as error:
             log.exception("stage %s failed", stage)
             reason = f"{type(error).__name__}: {error} (a defect of ulysses-exp; the trace is in run.log)"
+            if isinstance(error, OSError) and of_the_place(error):
+                reason = said(error)
             self.results["stages"][stage] = {"status": "failed", "reason": reason}
         result = self.results["stages"][stage]
         if stage == "train":
@@ -304,33 +331,38 @@ class Job:
         return {"bypassed_evaluation_bytes": bypassed_evaluation_bytes(self.config)}
 
     def _source_options(self) -> dict[str, Any]:
+        if self.earlier is not None:
+            return {"checkpoint": str(self.earlier.checkpoint)}
         if self.config.checkpoint.source is None:
             return {}
         return {"checkpoint": str(_checkpoint_of(self.config.checkpoint.source))}
 
     def _source(self, note: Callable[[str], None]) -> Source:
-        train = self.results["stages"].get("train")
-        if train is not None:
-            losses = _read_if_there(self.folder / "ranks" / "main" / "continuation.json").get("loss")
-            return Source(self.folder / train["checkpoint"], self.config.layout, losses)
-        folder = sources.run_folders(self.config.checkpoint.source or "")[0]
-        checkpoint = _checkpoint_of(str(folder))
-        try:
-            saved = Layout.parse(Manifest.read(checkpoint).layout)
-        except CheckpointError as error:
-            raise StageFailure(str(error)) from error
+        train = self.results["stages"].get("train") or {}
         losses = None
-        try:
-            losses = sources.continuation_losses(folder, self.config.reload.steps)
-        except Refused as error:
-            note(f"{error}; its losses are computed again")
-        if losses is None and self.config.reload.steps:
+        if train.get("checkpoint"):
+            folder, checkpoint = self.folder, self.folder / train["checkpoint"]
+            saved, losses = self.config.layout, train.get("continuation_loss")
+        else:
+            folder = sources.run_folders(self.config.checkpoint.source or "")[0]
+            checkpoint = _checkpoint_of(str(folder))
+            try:
+                saved = Layout.parse(Manifest.read(checkpoint).layout)
+            except CheckpointError as error:
+                raise StageFailure(str(error)) from error
+            try:
+                losses = sources.continuation_losses(folder, self.config.reload.steps)
+            except Refused as error:
+                note(f"{error}; its losses are computed again")
+        if (losses is None or len(losses) < self.config.reload.steps) and self.config.reload.steps:
             layout = sources.comparison_layout(self.config, saved)
             note(f"continuing {folder.name} at {layout} for comparison")
             task = Task("continuation", self.config.at(layout), ("continuation",), self.folder,
                         {"checkpoint": str(checkpoint)})  # fmt: skip
             self._do(task)
             losses = _read(task.results / "continuation.json")["loss"]
+            if train.get("checkpoint"):
+                train["continuation_loss"] = losses
         return Source(checkpoint, saved, losses)
 
     def _collect(self) -> None:
@@ -340,6 +372,8 @@ class Job:
         self._describe(self._main)
         for work in ("train", "eval"):
             if result := _read_if_there(self._main.results / f"{work}.json"):
+                if work == "train" and self.earlier is not None and self.earlier.train is None:
+                    result = continuing.joined(result, self.folder, self.config, self.earlier)
                 self.results["stages"].setdefault(work, result)
         if losses := _read_if_there(self._main.results / "continuation.json").get("loss"):
             self.results["stages"]["train"]["continuation_loss"] = losses
@@ -368,14 +402,31 @@ class Job:
                 f"stage {failed[0]}: {stages.get(failed[0], {}).get('reason', 'did not run')}" if failed else None
             )
         self.results["seconds"] = round(time.time() - self.results["started"], 3)
-        self.write()
+        if (problem := self._write_if_possible()) is not None:
+            before = self.results["error"]
+            self.results.update(status="failed", error=f"{before}; {problem}" if before else problem)
 
     def write(self) -> None:
-        """results.json, whole or not at all."""
+        """results.json, whole or not at all. Raises OSError."""
         self.results = redaction.redacted_results(self.results)
         temporary = self.folder / "results.json.tmp"
-        temporary.write_text(json.dumps(self.results, indent=1, allow_nan=True))
-        temporary.replace(self.folder / "results.json")
+        try:
+            temporary.write_text(json.dumps(self.results, indent=1, allow_nan=True))
+            temporary.replace(self.folder / "results.json")
+        except OSError as error:
+            error.filename = str(self.folder / "results.json")
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            raise
+
+    def _write_if_possible(self) -> str | None:
+        """Writes results.json; returns why it cannot be written."""
+        try:
+            self.write()
+        except OSError as error:
+            log.error("results.json cannot be written: %s", error)
+            return said(error)
+        return None
 
 
 def judged(cell: dict[str, Any], uninterrupted: list[float] | None, tolerance: float) -> dict[str, Any]:
@@ -399,8 +450,12 @@ def judged(cell: dict[str, Any], uninterrupted: list[float] | None, tolerance: f
 
 
 @contextlib.contextmanager
-def following(path: Path, progress: Progress, tracker: Tracker) -> Iterator[None]:
-    """While open, hands every line that rank 0 adds to metrics.jsonl to the terminal and to the tracker."""
+def following(path: Path, progress: Progress, tracker: Tracker, known: int = 0) -> Iterator[None]:
+    """While open, hands every line that rank 0 adds to metrics.jsonl to the terminal and to the tracker.
+
+    Args:
+        known: first lines that earlier attempts of the job have shown; the tracker, which has a new run, gets them.
+    """
     done = threading.Event()
 
     def follow() -> None:
@@ -408,7 +463,7 @@ def following(path: Path, progress: Progress, tracker: Tracker) -> Iterator[None
             if done.wait(0.05):
                 return
         with path.open() as file:
-            rest = ""
+            rest, old = "", known
             while True:
                 last = done.is_set()  # read once more after the ranks have ended
                 rest += file.read()
@@ -417,7 +472,10 @@ def following(path: Path, progress: Progress, tracker: Tracker) -> Iterator[None
                     metrics = json.loads(line)
                     step = metrics.pop("step")
                     tracker.log(metrics, step)
-                    progress.step({"step": step, **metrics})
+                    if old:
+                        old -= 1
+                    else:
+                        progress.step({"step": step, **metrics})
                 if last:
                     return
                 done.wait(0.1)
@@ -434,6 +492,7 @@ def following(path: Path, progress: Progress, tracker: Tracker) -> Iterator[None
 @contextlib.contextmanager
 def _run_log(folder: Path) -> Iterator[None]:
     """run.log: what happened, with the full traces that the terminal is spared."""
+    logging.raiseExceptions = False  # a full disk would print a trace onto the terminal for every line of a log
     handler = logging.FileHandler(folder / "run.log")
     handler.setFormatter(redaction.Redacting("%(asctime)s %(levelname)s %(message)s"))
     log.setLevel(logging.INFO)
@@ -442,7 +501,8 @@ def _run_log(folder: Path) -> Iterator[None]:
         yield
     finally:
         log.removeHandler(handler)
-        handler.close()
+        with contextlib.suppress(OSError):
+            handler.close()
 
 
 def _installed(name: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from ulysses_exp.data import Batches, Corpus, load_corpus
 from ulysses_exp.launch.task import Task
 from ulysses_exp.layout import Layout
 from ulysses_exp.metrics.communication import AllToAllCounter
+from ulysses_exp.output_trouble import told
 
 
 @dataclass
@@ -55,8 +57,16 @@ class Session:
     def log(self, step: int, metrics: Mapping[str, float | None]) -> None:
         """A line of metrics.jsonl, written now. Rank 0 only; the parent shows it and hands it to the tracker."""
         if self.rank == 0:
-            with (self.task.folder / "metrics.jsonl").open("a") as file:
+            path = self.task.folder / "metrics.jsonl"
+            with told(path), path.open("a") as file:
                 file.write(json.dumps({"step": step, **metrics}) + "\n")
+
+    def sync_log(self) -> None:
+        """Brings metrics.jsonl to disk. Rank 0 only."""
+        if self.rank == 0:
+            path = self.task.folder / "metrics.jsonl"
+            with told(path), path.open("a") as file:
+                os.fsync(file.fileno())
 
     def resume(self) -> None:
         """Loads the checkpoint that the task starts from, unless it names none or something is loaded or trained."""

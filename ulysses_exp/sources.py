@@ -69,6 +69,7 @@ def _runs_below(top: Path) -> Iterator[Path]:
     depth = len(top.parts)
     for seen, (place, inner, _) in enumerate(os.walk(top)):
         path = Path(place)
+        inner[:] = [name for name in inner if name != "previous"]  # outputs that were moved aside
         if ".hydra" in inner:
             yield path
             inner.clear()

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import shutil
 import statistics
 import time
 from collections import Counter
@@ -22,12 +21,11 @@ from omegaconf import DictConfig
 
 from ulysses_exp.config import Config
 from ulysses_exp.report.units import of_seconds
+from ulysses_exp.run_folder import settled
 from ulysses_exp.sources import newest_manifests
 
 #: Settings of a job that do not change its result
 _NOT_PART_OF_THE_RESULT = ("sweep", "tracker", "launch", "optimize")
-
-_WRITTEN_BY_A_JOB = ("results.json", "metrics.jsonl", "run.log", "ranks", "checkpoints", "wandb", "profile")
 
 
 def fingerprint(config: Config) -> str:
@@ -93,16 +91,6 @@ def skipped(cfg: DictConfig, reason: str) -> dict[str, Any]:
     return {"schema_version": 1, "status": "skipped", "error": reason, "layout": layout, "stages": {}}
 
 
-def clear(folder: Path) -> None:
-    """Removes what an earlier run of the job left in its folder."""
-    for name in _WRITTEN_BY_A_JOB:
-        path = folder / name
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
-
-
 @dataclass
 class Sweep:
     """The outcomes so far; `total` is the number of jobs of a multirun, 1 otherwise."""
@@ -131,7 +119,7 @@ class Sweep:
             since: Unix time; a file that is older tells of an earlier run.
         """
         for path in sorted(folder.glob("*/results.json")):
-            results = json.loads(path.read_text())
+            results = settled(json.loads(path.read_text()), path.parent)
             ran = path.stat().st_mtime >= since
             if ran or results["status"] == "ok":
                 self.add(results["status"], path.parent.name, results["error"], ran)

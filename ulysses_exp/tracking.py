@@ -177,6 +177,7 @@ class Tracker:
         if self._mode == "online":
             problem = foreign_settings(self._base_url) or unreachable(self._base_url, PROBE_S)
             if problem is None:
+                before = set((self._folder / "wandb").glob("run-*"))  # of an earlier attempt of the job
                 try:
                     run = self._init("online")
                     self.how_to_open = run.url or self.how_to_open
@@ -185,7 +186,7 @@ class Tracker:
                     problem = _one_line(error)
                     # The client's service holds on to the id of a run that it could not open.
                     self._settings["id"] = _run_id(self._settings["name"])
-                    for started in (self._folder / "wandb").glob("run-*"):  # nothing was logged to it
+                    for started in set((self._folder / "wandb").glob("run-*")) - before:  # nothing was logged to it
                         shutil.rmtree(started, ignore_errors=True)
             self._mode = "offline"
             self._warn(

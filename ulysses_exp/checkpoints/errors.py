@@ -40,5 +40,5 @@ def written_together(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as failure:
-        error = CheckpointError(folder, f"cannot be written ({failure.strerror or failure})")
+        error = CheckpointError(folder, f"the checkpoint cannot be written: {failure.strerror or failure}")
     raise_together(error)

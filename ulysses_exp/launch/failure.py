@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
+import sys
 import traceback
 from enum import IntEnum
 from pathlib import Path
 from time import time as now
 
+from ulysses_exp.output_trouble import full_places
 from ulysses_exp.redaction import redacted
 
 #: What collectives and stores of torch say when they have waited for `launch.timeout_s`.
 _TIMEOUT = ("timed out", "timeout")
+
+_LAST_WORDS = "ulysses-exp: "  # what follows, in a rank's stderr, is its error
 
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "std::bad_alloc")
 
@@ -75,9 +80,13 @@ def record(folder: Path, rank: int, error: BaseException) -> None:
         "message": f"out of memory ({message})" if oom else message,
         "trace": "".join(traceback.format_exception(error)),
     }
-    temporary = folder / f"error-rank{rank}.tmp"  # the parent may end this process at any time
-    temporary.write_text(redacted(json.dumps(entry)))
-    temporary.replace(folder / f"error-rank{rank}.json")
+    try:
+        temporary = folder / f"error-rank{rank}.tmp"  # the parent may end this process at any time
+        temporary.write_text(redacted(json.dumps(entry)))
+        temporary.replace(folder / f"error-rank{rank}.json")
+    except OSError:  # no room for a file; the one that stderr goes to is there already
+        with contextlib.suppress(OSError):
+            print(redacted(f"{_LAST_WORDS}{' '.join(message.split())}"), file=sys.stderr, flush=True)
 
 
 def first_failure(folder: Path, exitcodes: dict[int, int | None]) -> RankFailure:
@@ -92,15 +101,28 @@ def first_failure(folder: Path, exitcodes: dict[int, int | None]) -> RankFailure
             if name == "SIGABRT" and said.exists() and "std::bad_alloc" in said.read_text(errors="replace"):
                 hint = " (out of memory: std::bad_alloc in a thread of its own)"
             return RankFailure(rank, f"killed by {name}{hint}", cause=Cause.KILLED)
-    errors = []
+    errors, unsaid = [], []
     for path in folder.glob("error-rank*.json"):
-        entry = json.loads(path.read_text())
+        try:
+            entry = json.loads(path.read_text())
+        except ValueError:  # not even the reason could be written
+            unsaid.append(folder)
+            continue
         errors.append((entry["time"], int(path.stem.removeprefix("error-rank")), entry))
+    full = unsaid or full_places([folder, Path("/dev/shm")])
+    if full and not any("cannot be written" in entry["message"] for _, _, entry in errors):
+        rank = next((r for r, code in exitcodes.items() if code), 0)  # who failed first could not say why
+        return RankFailure(rank, f"the disk of {full[0]} is full")
     if errors:
         _, rank, entry = min(errors, key=lambda e: e[:2])
         lines = entry["message"].splitlines()
         cause = Cause.OTHERS if is_timeout(entry["trace"]) or _lost_another(entry["trace"]) else Cause.ERROR
         first = next((line for line in lines if line.strip()), "no message")
         return RankFailure(rank, first, entry["trace"], cause, entry["time"])
+    for rank in exitcodes:
+        said = folder / f"rank{rank}.err"
+        lines = said.read_text(errors="replace").splitlines() if said.exists() else []
+        if words := [line for line in lines if line.startswith(_LAST_WORDS)]:
+            return RankFailure(rank, words[0].removeprefix(_LAST_WORDS))
     rank, code = next(((r, c) for r, c in exitcodes.items() if c), (0, None))
     return RankFailure(rank, f"ended with exit code {code} and no message")

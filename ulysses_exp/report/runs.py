@@ -14,9 +14,10 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from ulysses_exp.layout import Layout
+from ulysses_exp.run_folder import settled
 
 #: Folders of a run that hold no further run
-_INSIDE_A_RUN = {".hydra", "checkpoints", "ranks", "wandb", "profile", "compiled"}
+_INSIDE_A_RUN = {".hydra", "checkpoints", "ranks", "wandb", "profile", "compiled", "previous"}
 
 #: Settings that may differ between two runs whose losses must be the same
 _NOT_PART_OF_THE_LOSS = (
@@ -43,7 +44,7 @@ class Run:
 
     @property
     def status(self) -> str:
-        """ok, failed, interrupted, skipped, or unfinished where there is no results.json."""
+        """ok, failed, running, interrupted, skipped, or unfinished where there is no results.json."""
         return str(self.results.get("status", "unfinished"))
 
     @cached_property
@@ -203,7 +204,7 @@ def labels(runs: list[Run]) -> list[str]:
 
 
 def _read(folder: Path) -> Run:
-    results = _json(folder / "results.json")
+    results = settled(_json(folder / "results.json"), folder)
     metrics = []
     if (folder / "metrics.jsonl").exists():
         for line in (folder / "metrics.jsonl").read_text().splitlines():

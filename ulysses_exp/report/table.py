@@ -103,7 +103,7 @@ def troubles(runs: list[Run]) -> list[tuple[str, str]]:
     """(run, reason) for everything that is not ok: jobs, stages and reload cells."""
     found = []
     for label, run in zip(labels(runs), runs, strict=True):
-        if run.status == "unfinished":
+        if run.status in ("unfinished", "running"):
             found.append((label, f"has not finished; {len(run.losses)} steps so far"))
             continue
         if run.status in ("skipped", "interrupted"):

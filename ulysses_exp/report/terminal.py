@@ -211,9 +211,14 @@ def _train(facts: Table, stage: Mapping[str, Any] | None, arrow: str) -> None:
         return
     if stage.get("status") != "ok":
         _trouble(facts, "train", stage)
+    if stage.get("already_at_step") is not None:
+        facts.add_row("train", f"already at step {stage['already_at_step']}")
     loss = stage.get("loss") or []
     if loss:
-        facts.add_row("loss", f"{of_loss(loss[0])} {arrow} {of_loss(loss[-1])} in {len(loss)} steps")
+        text = f"{of_loss(loss[0])} {arrow} {of_loss(loss[-1])} in {len(loss)} steps"
+        if stage.get("continued_from"):
+            text += f", continued at step {stage['continued_from']}"
+        facts.add_row("loss", text)
     if stage.get("tokens_per_second"):
         speed = f"{of_count(stage['tokens_per_second'])} tokens/s"
         if stage.get("mfu"):

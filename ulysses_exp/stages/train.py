@@ -9,17 +9,17 @@ import torch
 import torch.distributed as dist
 
 from ulysses_exp import checkpoints
-from ulysses_exp.config import ConfigError
 from ulysses_exp.launch import heartbeat
 from ulysses_exp.launch.stopping import Stopped
 from ulysses_exp.metrics import flops, memory, throughput
 from ulysses_exp.metrics.step_split import step_split
+from ulysses_exp.metrics.throughput import PROFILED_STEPS
 from ulysses_exp.session import Session
 from ulysses_exp.training import Step, figures, make_step
 
 
 def train(session: Session) -> dict[str, Any]:
-    """Trains to optimizer step `train.steps`, from the checkpoint `checkpoint.source` where there is one.
+    """Trains to optimizer step `train.steps`, from the checkpoint that the task starts from where there is one.
 
     Raises:
         Stopped: a rank has been asked to stop; all ranks have saved a checkpoint at the same step.
@@ -27,8 +27,6 @@ def train(session: Session) -> dict[str, Any]:
     config = session.config
     session.resume()
     first = session.step
-    if first >= config.train.steps:
-        raise ConfigError("train.steps", f"the checkpoint is at step {first} already", f"set more than {first}")
     session.engine.train()
     memory.reset_peak(session.device)
     work = flops.step_flops(
@@ -38,6 +36,8 @@ def train(session: Session) -> dict[str, Any]:
         memory=config.memory,
         sp=config.sp.size,
     )
+    if first >= config.train.steps:
+        return _nothing_to_do(session, work)
     peak = flops.peak_flops(session.describe()["device"], config.train.precision)
     steps: list[Step] = []
     pending = []  # steps of which the host knows nothing yet: asking for figures waits for the device
@@ -62,7 +62,7 @@ def train(session: Session) -> dict[str, Any]:
                 if saving is not None:
                     saving.wait()
                 heartbeat.beat("saving", session.step)
-                saving = save(session)
+                saving = save(session, [max(column) for column in zip(*(s.peak_memory for s in steps), strict=True)])
                 heartbeat.beat("training", session.step)
             if stop:
                 assert saving is not None
@@ -70,10 +70,10 @@ def train(session: Session) -> dict[str, Any]:
     assert saving is not None
     saved = saving.wait()
 
-    unmeasured = config.train.unmeasured_steps + profile.steps
-    seconds = throughput.step_time([s.seconds for s in steps], unmeasured)
+    unmeasured = throughput.unmeasured(config.train)
+    speed = throughput.speed([s.seconds for s in steps], [s.tokens for s in steps], unmeasured)
+    median = speed["step_time_s"]["median"]
     measured = steps[unmeasured:] or steps
-    tokens_per_second = sum(s.tokens for s in measured) / len(measured) / seconds["median"]
     per_rank = [max(column) for column in zip(*(s.peak_memory for s in steps), strict=True)]
     world = session.layout.world
     split = profile.split(sum(s.input_seconds for s in measured) / len(measured), session.device)
@@ -85,21 +85,47 @@ def train(session: Session) -> dict[str, Any]:
         "loss": [s.loss for s in steps],
         "grad_norm": [s.grad_norm for s in steps],
         "learning_rate": [s.learning_rate for s in steps],
-        "tokens_per_second": tokens_per_second,
-        "tokens_per_step": steps[-1].tokens,
-        "step_time_s": seconds,
+        **speed,
         **({"step_split_s": split} if split else {}),  # of the profiled steps; the profiler makes them slower
-        "unmeasured_steps": len(steps) - len(measured),
         "model_flops_per_step": work.model,
         "hardware_flops_per_step": work.hardware,
-        "mfu": work.model / seconds["median"] / world / peak if peak else None,
-        "hfu": work.hardware / seconds["median"] / world / peak if peak else None,
+        "mfu": work.model / median / world / peak if peak else None,
+        "hfu": work.hardware / median / world / peak if peak else None,
         "peak_memory_bytes": {"max": max(per_rank), "per_rank": per_rank},
         "communication": {
             "all_to_all_calls_per_step": steps[-1].all_to_all_calls,
             "all_to_all_bytes_per_step": steps[-1].all_to_all_bytes,
         },
         "checkpoint": str(saved.folder.relative_to(session.task.folder)),
+        "weights_identical_across_ranks": checkpoints.weights_identical(session.engine, dist.group.WORLD),
+    }
+
+
+def _nothing_to_do(session: Session, work: flops.StepFlops) -> dict[str, Any]:
+    """The result where the checkpoint is at `train.steps` already, or beyond. Collective over the world."""
+    per_rank = torch.zeros(session.layout.world, dtype=torch.int64, device=session.device)
+    per_rank[session.rank] = memory.peak(session.device)
+    dist.all_reduce(per_rank)
+    return {
+        "status": "ok",
+        "already_at_step": session.step,
+        "steps": 0,
+        "first_step": session.step,
+        "first_step_finished": None,
+        "loss": [],
+        "grad_norm": [],
+        "learning_rate": [],
+        "tokens_per_second": 0.0,
+        "tokens_per_step": 0,
+        "step_time_s": {"median": 0.0, "p90": 0.0},
+        "unmeasured_steps": 0,
+        "model_flops_per_step": work.model,
+        "hardware_flops_per_step": work.hardware,
+        "mfu": None,
+        "hfu": None,
+        "peak_memory_bytes": {"max": int(per_rank.max()), "per_rank": per_rank.tolist()},
+        "communication": {"all_to_all_calls_per_step": 0, "all_to_all_bytes_per_step": 0},
+        "checkpoint": None,  # that of the source is the newest
         "weights_identical_across_ranks": checkpoints.weights_identical(session.engine, dist.group.WORLD),
     }
 
@@ -127,11 +153,21 @@ def metrics(session: Session, step: Step, work: flops.StepFlops, peak: float | N
     return line
 
 
-def save(session: Session) -> checkpoints.Saving:
-    """Begins to write `checkpoints/step<N>` of the run folder. Collective."""
+def save(session: Session, peak_memory: list[int]) -> checkpoints.Saving:
+    """Begins to write `checkpoints/step<N>` of the run folder. Collective.
+
+    Args:
+        peak_memory: of each rank since training began, bytes; for a result that is made from the checkpoint.
+    """
+    session.sync_log()  # a checkpoint counts only with the figures of the steps before it
     folder = session.task.folder / "checkpoints" / f"step{session.step}"
     config = session.config
-    state = {"seed": config.seed, "model": session.model, "data_sha256": session.corpus.sha256}
+    state = {
+        "seed": config.seed,
+        "model": session.model,
+        "data_sha256": session.corpus.sha256,
+        "peak_memory_bytes": peak_memory,
+    }
     return checkpoints.begin(
         session.engine,
         folder,
@@ -143,9 +179,6 @@ def save(session: Session) -> checkpoints.Saving:
     )
 
 
-PROFILED_STEPS = 2
-
-
 class Profile:
     """With `train.profile`: torch's profiler over two steps after the unmeasured ones, its trace in the run folder."""
 
@@ -154,10 +187,8 @@ class Profile:
         self._target = session.task.folder / "profile" / f"rank{session.rank}.json"
         self._profiler: torch.profiler.profile | None = None
         self._events: list[Any] = []
-        self.steps = 0  # that the profiler makes slower
         if train.profile:
             self._target.parent.mkdir(exist_ok=True)
-            self.steps = 1 + PROFILED_STEPS
             wait = min(train.unmeasured_steps, max(0, train.steps - session.step - PROFILED_STEPS - 1))
             self._profiler = torch.profiler.profile(
                 schedule=torch.profiler.schedule(wait=wait, warmup=1, active=PROFILED_STEPS, repeat=1),
