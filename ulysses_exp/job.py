@@ -17,6 +17,7 @@ from typing import Any
 
 from rich.console import Console
 
+from ulysses_exp import strict_json
 from ulysses_exp.config import Config, ConfigError, device_of, text_architecture
 from ulysses_exp.launch import RankFailure, Ranks, Task
 from ulysses_exp.layout import REFERENCE, Layout
@@ -355,7 +356,7 @@ class Job:
     def write(self) -> None:
         """results.json, whole or not at all."""
         temporary = self.folder / "results.json.tmp"
-        temporary.write_text(json.dumps(self.results, indent=1, allow_nan=True))
+        temporary.write_text(strict_json.dumps(self.results, indent=1))
         temporary.replace(self.folder / "results.json")
 
 
@@ -461,7 +462,7 @@ def _checkpoint_of(run_folder: Path) -> Path:
 
 def _append(path: Path, entry: dict[str, Any]) -> None:
     with path.open("a") as file:
-        file.write(json.dumps(entry) + "\n")
+        file.write(strict_json.dumps(entry) + "\n")
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 import deepspeed
 import torch
 
-from ulysses_exp import checkpoints, models, training
+from ulysses_exp import checkpoints, models, strict_json, training
 from ulysses_exp import memory as memory_savers
 from ulysses_exp.attention import Ulysses, ulysses
 from ulysses_exp.compiled import compile_layers
@@ -56,7 +55,7 @@ class Session:
         """A line of metrics.jsonl, written now. Rank 0 only; the parent shows it and hands it to the tracker."""
         if self.rank == 0:
             with (self.task.folder / "metrics.jsonl").open("a") as file:
-                file.write(json.dumps({"step": step, **metrics}) + "\n")
+                file.write(strict_json.dumps({"step": step, **metrics}) + "\n")
 
     def resume(self) -> None:
         """Loads the checkpoint that the task starts from, unless it names none or something is loaded or trained."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -14,6 +13,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
+from ulysses_exp import strict_json
 from ulysses_exp.config import device_of
 from ulysses_exp.launch import failure
 from ulysses_exp.launch.orphans import die_with_parent
@@ -45,6 +45,8 @@ def run(task: Task, rank: int, store: dist.Store) -> None:
                 result = WORK[work](session)
                 if rank == 0:
                     _leave(task.results / f"{work}.json", result)
+                if work == "train" and result["status"] != "ok":
+                    break  # there is nothing to evaluate or to continue
     except BaseException as error:
         failure.record(task.results, rank, error)
         raise
@@ -91,5 +93,5 @@ def _process_group(task: Task, rank: int, store: dist.Store) -> Iterator[None]:
 def _leave(path: Path, result: dict[str, Any]) -> None:
     """Writes `result` so that a reader sees all of it or nothing."""
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(result))
+    temporary.write_text(strict_json.dumps(result))
     temporary.replace(path)

@@ -214,6 +214,9 @@ def _train(facts: Table, stage: Mapping[str, Any] | None, arrow: str) -> None:
     loss = stage.get("loss") or []
     if loss:
         facts.add_row("loss", f"{of_loss(loss[0])} {arrow} {of_loss(loss[-1])} in {len(loss)} steps")
+    if bad := stage.get("nonfinite_steps"):
+        skipped = ", their updates skipped" if stage.get("skipped_steps") else ""
+        facts.add_row("not finite", f"{len(bad)} of {len(loss)} steps, first step {bad[0]}{skipped}")
     if stage.get("tokens_per_second"):
         speed = f"{of_count(stage['tokens_per_second'])} tokens/s"
         if stage.get("mfu"):

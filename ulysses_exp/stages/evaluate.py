@@ -39,7 +39,17 @@ def evaluate(session: Session) -> dict[str, Any]:
             compare(result, LOSS_TOLERANCE[session.config.train.precision])
     session.attention.disable_in_eval = True
     session.engine.train()
+    check_finite(result)
     return result
+
+
+def check_finite(result: dict[str, Any]) -> None:
+    """Fails `result` where a loss in it is not finite."""
+    bad = [f"{name} {result[name]['loss']}" for name in ("bypass", "sp")
+           if name in result and not math.isfinite(result[name]["loss"])]  # fmt: skip
+    if bad:
+        reason = f"the held-out loss is not finite ({', '.join(bad)}): the weights or the data hold nan or infinity"
+        result.update(status="failed", reason=reason)
 
 
 def compare(result: dict[str, Any], tolerance: float) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from ulysses_exp import checkpoints
+from ulysses_exp import checkpoints, nonfinite
 from ulysses_exp.config import ConfigError
 from ulysses_exp.metrics import flops, memory, throughput
 from ulysses_exp.metrics.step_split import step_split
@@ -17,7 +18,10 @@ from ulysses_exp.training import Step, figures, make_step
 
 
 def train(session: Session) -> dict[str, Any]:
-    """Trains to optimizer step `train.steps`, from the checkpoint `checkpoint.source` where there is one."""
+    """Trains to optimizer step `train.steps`, from the checkpoint `checkpoint.source` where there is one.
+
+    Where a step is not finite the result is `failed` (`train.on_nonfinite`); it then has what came before it.
+    """
     config = session.config
     session.resume()
     first = session.step
@@ -37,6 +41,8 @@ def train(session: Session) -> dict[str, Any]:
     pending = []  # steps of which the host knows nothing yet: asking for figures waits for the device
     saving: checkpoints.Saving | None = None  # the newest checkpoint, perhaps still on its way to disk
     first_finished = None
+    stopped = False  # a step was not finite, and no more are wanted
+    spoiled = None  # a weight or state that a step with finite loss and gradients has made nan or infinite
     profile = Profile(session)
     with profile:
         while session.step < config.train.steps:
@@ -48,15 +54,19 @@ def train(session: Session) -> dict[str, Any]:
             if len(pending) == config.train.log_every or due or last or session.step == first + 1:
                 for step in figures(session, pending):
                     steps.append(step)
+                    stopped = stopped or (config.train.on_nonfinite == "stop" and not step.finite)
                     session.log(first + len(steps), metrics(session, step, work, peak))
                 pending.clear()
             first_finished = first_finished or time.time()
+            if (due or last) and not stopped and config.train.on_nonfinite != "keep":
+                spoiled = nonfinite.spoiled_state(session.engine)
+            if spoiled or stopped:
+                break
             if due or last:
                 if saving is not None:
                     saving.wait()
                 saving = save(session)
-    assert saving is not None
-    saved = saving.wait()
+    saved = saving.wait() if saving is not None else None
 
     unmeasured = config.train.unmeasured_steps + profile.steps
     seconds = throughput.step_time([s.seconds for s in steps], unmeasured)
@@ -67,6 +77,7 @@ def train(session: Session) -> dict[str, Any]:
     split = profile.split(sum(s.input_seconds for s in measured) / len(measured), session.device)
     return {
         "status": "ok",
+        **verdict(session, steps, spoiled, saved.folder.name if saved else None),
         "steps": len(steps),
         "first_step": first,
         "first_step_finished": first_finished,  # Unix time
@@ -87,9 +98,38 @@ def train(session: Session) -> dict[str, Any]:
             "all_to_all_calls_per_step": steps[-1].all_to_all_calls,
             "all_to_all_bytes_per_step": steps[-1].all_to_all_bytes,
         },
-        "checkpoint": str(saved.folder.relative_to(session.task.folder)),
+        "checkpoint": str(saved.folder.relative_to(session.task.folder)) if saved else None,
         "weights_identical_across_ranks": checkpoints.weights_identical(session.engine, dist.group.WORLD),
     }
+
+
+def verdict(
+    session: Session, steps: list[Step], spoiled: tuple[str, str] | None, checkpoint: str | None
+) -> dict[str, Any]:
+    """What the stage's result says of steps that were not finite, in words and in figures; nothing where all were."""
+    source = session.task.options.get("checkpoint")
+    last = checkpoint or (Path(source).name if source and steps[0].number > 1 else None)
+    remedy = "set optim.lr lower" if session.config.optim.lr else "look at the data"
+    kept = f"the last good checkpoint is {last}" if last else "there is no checkpoint before it"
+    if spoiled is not None:
+        kind, name = spoiled
+        reason = f"step {steps[-1].number}: {kind} of {name} are not finite after it; {kept}; {remedy}"
+        return {"status": "failed", "reason": reason}
+    bad = [step for step in steps if not step.finite]
+    if not bad:
+        return {}
+    found: dict[str, Any] = {"nonfinite": bad[0].trouble, "nonfinite_steps": [step.number for step in bad]}
+    if skipped := sum(step.skipped for step in steps):
+        found["skipped_steps"] = skipped
+    where = nonfinite.words(bad[0].trouble or {})
+    policy = session.config.train.on_nonfinite
+    if policy == "stop":
+        found["reason"] = f"{where}; {kept}; {remedy}, or train.on_nonfinite=skip or keep"
+    elif policy == "keep":
+        found["reason"] = f"{len(bad)} of {len(steps)} steps are not finite, the first: {where}"
+    elif len(bad) == len(steps):
+        found["reason"] = f"every step was skipped, the first: {where}"
+    return found | ({"status": "failed"} if "reason" in found else {})
 
 
 def metrics(session: Session, step: Step, work: flops.StepFlops, peak: float | None) -> dict[str, float | None]:
@@ -109,6 +149,8 @@ def metrics(session: Session, step: Step, work: flops.StepFlops, peak: float | N
         "comm/all_to_all_bytes": step.all_to_all_bytes,
         "comm/all_to_all_calls": step.all_to_all_calls,
     }
+    if step.skipped:
+        line["train/skipped"] = 1
     # null where the device's peak is not known, as on CPUs
     line["perf/mfu"] = work.model / step.seconds / world / peak if peak else None
     line["perf/hfu"] = work.hardware / step.seconds / world / peak if peak else None
