@@ -47,6 +47,8 @@ class ModelConfig:
     name_or_path: str | None = None  # a local folder or a hub name; then `architecture` overrides its configuration
     pretrained: bool = True  # with name_or_path: load its weights, or only its shape with random weights
     trust_remote_code: bool = False
+    # names or patterns of pretrained weights that may be missing, left over, of another shape or not finite
+    allow_missing: list[str] = field(default_factory=list)
 
 
 @dataclass

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import subprocess
 import sys
 import threading
@@ -17,7 +18,7 @@ from typing import Any
 
 from rich.console import Console
 
-from ulysses_exp import strict_json
+from ulysses_exp import lineage, strict_json
 from ulysses_exp.config import Config, ConfigError, device_of, text_architecture
 from ulysses_exp.launch import RankFailure, Ranks, Task
 from ulysses_exp.layout import REFERENCE, Layout
@@ -166,7 +167,9 @@ class Job:
             self.results["stages"]["eval"] = {"status": "ok", "mode": "none"}
             return
         self._needs("train")
-        task = Task("eval", self.config, ("eval",), self.folder, self._source_options() | self._eval_options(note))
+        trained = self.results["stages"].get("train")  # then its own task has ended before it came to this
+        of_source = {"checkpoint": str(self.folder / trained["checkpoint"])} if trained else self._source_options()
+        task = Task("eval", self.config, ("eval",), self.folder, of_source | self._eval_options(note))
         self._main = self._main or task
         self._do(task)
         self.results["stages"]["eval"] = _read(task.results / "eval.json")
@@ -237,16 +240,23 @@ class Job:
             return {"route": "huggingface", "status": "failed", "reason": reason, "weights_bit_exact": None,
                     "optimizer_bit_exact": None, "seconds": seconds}  # fmt: skip
         result = _read(out)
-        exact = result["weights_bit_exact"]
+        problems = []
+        if not result["weights_bit_exact"]:
+            problems.append("the weights that from_pretrained loads are not those that were trained")
+        if changes := result.get("config_changed"):
+            problems.append(f"huggingface/config.json is not as it was saved ({'; '.join(changes)})")
+        if (logits := result.get("logits")) not in ("ok", "not recorded"):
+            although = ", although the weights are equal" if result["weights_bit_exact"] else ""
+            problems.append(f"{logits}{although}")
         cell = {
             "route": "huggingface",
-            "status": "ok" if exact else "failed",
+            "status": "failed" if problems else "ok",
             "optimizer_bit_exact": None,
             "seconds": seconds,
             **result,
         }
-        if not exact:
-            cell["reason"] = "the weights that from_pretrained loads are not those that were trained"
+        if problems:
+            cell["reason"] = "; ".join(problems)
         return cell
 
     def _parity(self, note: Callable[[str], None]) -> None:
@@ -302,7 +312,8 @@ class Job:
     def _source_options(self) -> dict[str, Any]:
         if self.config.checkpoint.source is None:
             return {}
-        return {"checkpoint": str(_checkpoint_of(Path(self.config.checkpoint.source).expanduser()))}
+        checkpoint = _checkpoint_of(Path(self.config.checkpoint.source).expanduser())
+        return {"checkpoint": str(checkpoint), "data_chosen": lineage.overridden(self.folder, "data")}
 
     def _source(self, note: Callable[[str], None]) -> Source:
         train = self.results["stages"].get("train")
@@ -313,14 +324,17 @@ class Job:
         checkpoint = _checkpoint_of(run_folder)
         results = _read_if_there(run_folder / "results.json")
         try:
-            layout = Layout.parse(_read(checkpoint / "manifest.json")["layout"])
+            manifest = _read(checkpoint / "manifest.json")
+            layout = Layout.parse(manifest["layout"])
+            same = lineage.changed(manifest.get("state", {}), self.config) == {}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise StageFailure(f"{checkpoint / 'manifest.json'} is no checkpoint's manifest ({error})") from error
         losses = results.get("stages", {}).get("train", {}).get("continuation_loss")
-        if (losses is None or len(losses) < self.config.reload.steps) and self.config.reload.steps:
+        # losses of another configuration, e.g. of sequences of another length, are no losses to compare with
+        if (losses is None or len(losses) < self.config.reload.steps or not same) and self.config.reload.steps:
             note(f"continuing {run_folder.name} at {layout} for comparison")
             task = Task("continuation", self.config.at(layout), ("continuation",), self.folder,
-                        {"checkpoint": str(checkpoint)})  # fmt: skip
+                        {"checkpoint": str(checkpoint), "data_chosen": True})  # fmt: skip
             self._do(task)
             losses = _read(task.results / "continuation.json")["loss"]
         return Source(checkpoint, layout, losses)
@@ -369,15 +383,24 @@ def judged(cell: dict[str, Any], uninterrupted: list[float] | None, tolerance: f
         problems.append("weights are not bit-exact")
     if cell["optimizer_bit_exact"] is False:
         problems.append("optimizer states are not bit-exact")
-    if uninterrupted and losses:
-        differences = [abs(a - b) for a, b in zip(losses, uninterrupted, strict=False)]
+    expected = uninterrupted or []
+    if losses and not expected:
+        problems.append("the uninterrupted run has left no losses to compare with")
+    elif losses and not all(map(_is_finite, [*losses, *expected])):
+        problems.append("the next losses are not finite")
+    elif losses:
+        differences = [abs(a - b) for a, b in zip(losses, expected, strict=False)]
         cell["continuation_max_abs_loss_diff"] = max(differences)
-        if max(d / max(abs(b), 1e-30) for d, b in zip(differences, uninterrupted, strict=False)) > tolerance:
+        if max(d / max(abs(b), 1e-30) for d, b in zip(differences, expected, strict=False)) > tolerance:
             problems.append(f"the next losses differ by {max(differences):.2e} from the uninterrupted run's")
     cell["status"] = "failed" if problems else "ok"
     if problems:
         cell["reason"] = "; ".join(problems)
     return cell
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 @contextlib.contextmanager

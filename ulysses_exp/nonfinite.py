@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-from unittest import mock
 
 import deepspeed
 import torch
@@ -59,7 +58,8 @@ def gradients(engine: deepspeed.DeepSpeedEngine) -> list[tuple[str, torch.Tensor
             norms = optimizer.norm_for_param_grads
             keys = [(names[p], optimizer.get_param_id(p)) for group in groups for p in group]
             return [(name, torch.as_tensor(norms[key])) for name, key in keys if key in norms]
-        pairs = [(p, g) for i, group in enumerate(groups) for p, g in zip(group, optimizer.averaged_gradients[i])]
+        parts = optimizer.averaged_gradients  # those of the last rank end in padding
+        pairs = [pair for i, group in enumerate(groups) for pair in zip(group, parts[i], strict=False)]
         return [(names[p], g) for p, g in pairs if g is not None and g.numel()]
     return [(name, p.grad) for p, name in names.items() if p.grad is not None and p.grad.numel()]
 
@@ -102,7 +102,7 @@ def discard(engine: deepspeed.DeepSpeedEngine) -> contextlib.AbstractContextMana
         for parameter in engine.module.parameters():
             parameter.grad = None
         engine.skipped_steps += 1  # DeepSpeed's own count, which it keeps where it leaves a step out itself
-        return mock.patch.object(engine, "clip_fp32_gradients", lambda: None)  # it fails where there are no gradients
+        return _without_clipping(engine)  # which fails where there are no gradients
     if getattr(optimizer, "norm_for_param_grads", None):  # offload: the norm is that of these
         for key, norm in optimizer.norm_for_param_grads.items():
             optimizer.norm_for_param_grads[key] = norm * math.nan
@@ -112,12 +112,21 @@ def discard(engine: deepspeed.DeepSpeedEngine) -> contextlib.AbstractContextMana
     return contextlib.nullcontext()
 
 
+@contextlib.contextmanager
+def _without_clipping(engine: deepspeed.DeepSpeedEngine) -> Iterator[None]:
+    engine.clip_fp32_gradients = lambda: None
+    try:
+        yield
+    finally:
+        del engine.clip_fp32_gradients
+
+
 def explain(session: Session, step: int, watched: Watched) -> dict[str, Any]:
     """Where it shows that step `step`, counted from 1, is not finite. Collective over the world.
 
     Returns:
-        `step`; `what`: weights, loss or gradient, whichever came first; `value`: nan or inf; `rank`; `parameter` and how
-        many `parameters`, where it is weights or a gradient; `sequences` of the training data that the rank had read.
+        `step`; `what`: weights, loss or gradient, whichever came first; `value`: nan or inf; `rank`; where it is
+        weights or a gradient, `parameter` and how many `parameters`; `sequences` of the data that the rank had read.
     """
     sequences = session.batches.sequences(step - 1)
     weights = [f for f in module_fragments(session.engine) if f.data.numel()]

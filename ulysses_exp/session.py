@@ -11,7 +11,7 @@ from typing import Any
 import deepspeed
 import torch
 
-from ulysses_exp import checkpoints, models, strict_json, training
+from ulysses_exp import checkpoints, lineage, models, strict_json, training
 from ulysses_exp import memory as memory_savers
 from ulysses_exp.attention import Ulysses, ulysses
 from ulysses_exp.compiled import compile_layers
@@ -36,6 +36,7 @@ class Session:
     all_to_alls: AllToAllCounter
     model: dict[str, Any]  # the `model` entry of results.json
     step: int = 0
+    changed: dict[str, list[Any]] | None = None  # settings that differ from the checkpoint's: [then, now]
 
     @property
     def config(self) -> Config:
@@ -57,14 +58,22 @@ class Session:
             with (self.task.folder / "metrics.jsonl").open("a") as file:
                 file.write(strict_json.dumps({"step": step, **metrics}) + "\n")
 
-    def resume(self) -> None:
-        """Loads the checkpoint that the task starts from, unless it names none or something is loaded or trained."""
+    def resume(self, training: bool = False) -> None:
+        """Loads the checkpoint that the task starts from, unless it names none or something is loaded or trained.
+
+        Raises:
+            ConfigError: `training` would go on with other data than the checkpoint's, unasked.
+        """
         source = self.task.options.get("checkpoint")
         if source is None or self.step:
             return
         trust = self.task.options.get("trust_pickle", self.config.checkpoint.trust_pickle)
         loaded = checkpoints.load(self.engine, Path(source), layout=self.layout, trust_pickle=trust)
         self.step = loaded.step
+        self.changed = lineage.changed(loaded.state, self.config)
+        if training:
+            chosen = bool(self.task.options.get("data_chosen"))
+            lineage.check_data(loaded.state, self.config, self.corpus.sha256, chosen)
 
     def describe(self) -> dict[str, Any]:
         """What results.json says of model and machine."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from ulysses_exp.config import Config
+from ulysses_exp.config import Config, ConfigError
 
 #: What a checkpoint was trained as. A job that starts from it runs with the same, except for what its user overrides.
 INHERITED = ("model", "sp", "dp", "zero", "data", "memory", "train", "optim", "seed")
@@ -39,7 +39,11 @@ def newest_manifests(source: str) -> list[Path]:
 
 
 def inherit(cfg: DictConfig, overrides: list[str]) -> DictConfig:
-    """`cfg` with the sections of the source's configuration, then with the user's own `overrides` of them again."""
+    """`cfg` with the sections of the source's configuration, then with the user's own `overrides` of them again.
+
+    Raises:
+        ConfigError: another optimizer is asked for than the one whose states the checkpoint holds.
+    """
     source = cfg.checkpoint.source
     if source is None or not (folders := run_folders(source)):
         return cfg
@@ -54,6 +58,12 @@ def inherit(cfg: DictConfig, overrides: list[str]) -> DictConfig:
     trained = OmegaConf.load(saved)
     plain = OmegaConf.to_container(cfg, resolve=False)
     assert isinstance(plain, dict) and isinstance(trained, DictConfig)
+    if "optim" in chosen and "optim" in trained and trained.optim.name != cfg.optim.name:
+        raise ConfigError(
+            "optim",
+            f"the checkpoint holds the states of {trained.optim.name}, not of {cfg.optim.name}",
+            "leave optim out, and set optim.lr and the like",
+        )
     plain |= {s: _plain(trained[s]) for s in INHERITED if s in trained and s not in chosen}
     inherited = OmegaConf.merge(OmegaConf.structured(Config), plain)
     for override in asked:

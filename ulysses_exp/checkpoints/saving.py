@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 import uuid
@@ -11,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import deepspeed
+import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
+from ulysses_exp.checkpoints import function, publish
 from ulysses_exp.checkpoints import manifest as manifests
-from ulysses_exp.checkpoints import publish
 from ulysses_exp.checkpoints.errors import written_together
 from ulysses_exp.checkpoints.fingerprints import from_digests, gather_scalars, names
 from ulysses_exp.checkpoints.homes import fragments
@@ -49,6 +51,7 @@ def begin(
     state: dict[str, Any],
     keep: int | None = None,
     tokenizer: Any = None,
+    logits: dict[str, torch.Tensor] | None = None,
 ) -> Saving:
     """Hands a checkpoint to the kernel; a thread brings it to disk and gives it its name while the engine goes on.
 
@@ -59,6 +62,7 @@ def begin(
         folder: `<run>/checkpoints/step<N>`.
         state: what else resuming needs, as JSON.
         keep: how many step folders stay in `<run>/checkpoints`; None keeps all.
+        logits: of a fixed batch, as `function.record` keeps them; None records none.
 
     Raises:
         CheckpointError: on all ranks, where one of them cannot write; what was there before is still there.
@@ -80,6 +84,9 @@ def begin(
     counters = engine_state(engine)
     with written_together(folder):
         if rank == 0:
+            computes = {"config": json.loads((temporary / "huggingface" / "config.json").read_text())}
+            if logits is not None:
+                computes["logits_sha256"] = function.write(logits, temporary)
             manifests.Manifest(
                 layout=layout.name,
                 step=step,
@@ -91,6 +98,7 @@ def begin(
                 files={shard.file: manifests.describe(shard) for shard in shards},
                 engine=counters,
                 state=state,
+                function=computes,
                 versions={name: version(name) for name in ("torch", "deepspeed", "transformers", "safetensors")},
             ).write(temporary)
     size = sum(tensor.nbytes for shard in shards for tensor in shard.tensors)

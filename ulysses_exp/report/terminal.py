@@ -214,6 +214,9 @@ def _train(facts: Table, stage: Mapping[str, Any] | None, arrow: str) -> None:
     loss = stage.get("loss") or []
     if loss:
         facts.add_row("loss", f"{of_loss(loss[0])} {arrow} {of_loss(loss[-1])} in {len(loss)} steps")
+    if changed := stage.get("changed"):
+        what = ", ".join(f"{key} {then} {arrow} {now}" for key, (then, now) in changed.items())
+        facts.add_row("resumed", Text(f"from step {stage.get('first_step')}, with {what}"))
     if bad := stage.get("nonfinite_steps"):
         skipped = ", their updates skipped" if stage.get("skipped_steps") else ""
         facts.add_row("not finite", f"{len(bad)} of {len(loss)} steps, first step {bad[0]}{skipped}")

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ulysses_exp import checkpoints, nonfinite
+from ulysses_exp import checkpoints, lineage, nonfinite
 from ulysses_exp.config import ConfigError
 from ulysses_exp.metrics import flops, memory, throughput
 from ulysses_exp.metrics.step_split import step_split
 from ulysses_exp.session import Session
+from ulysses_exp.stages.evaluate import fixed_logits
 from ulysses_exp.training import Step, figures, make_step
 
 
@@ -23,7 +24,7 @@ def train(session: Session) -> dict[str, Any]:
     Where a step is not finite the result is `failed` (`train.on_nonfinite`); it then has what came before it.
     """
     config = session.config
-    session.resume()
+    session.resume(training=True)
     first = session.step
     if first >= config.train.steps:
         raise ConfigError("train.steps", f"the checkpoint is at step {first} already", f"set more than {first}")
@@ -80,6 +81,7 @@ def train(session: Session) -> dict[str, Any]:
         **verdict(session, steps, spoiled, saved.folder.name if saved else None),
         "steps": len(steps),
         "first_step": first,
+        **({"changed": session.changed} if session.changed else {}),  # since the checkpoint: [then, now]
         "first_step_finished": first_finished,  # Unix time
         "loss": [s.loss for s in steps],
         "grad_norm": [s.grad_norm for s in steps],
@@ -161,7 +163,12 @@ def save(session: Session) -> checkpoints.Saving:
     """Begins to write `checkpoints/step<N>` of the run folder. Collective."""
     folder = session.task.folder / "checkpoints" / f"step{session.step}"
     config = session.config
-    state = {"seed": config.seed, "model": session.model, "data_sha256": session.corpus.sha256}
+    state = {
+        "seed": config.seed,
+        "model": session.model,
+        "data_sha256": session.corpus.sha256,
+        "trained_with": lineage.trained_with(config),
+    }
     return checkpoints.begin(
         session.engine,
         folder,
@@ -170,6 +177,7 @@ def save(session: Session) -> checkpoints.Saving:
         state=state,
         keep=config.checkpoint.keep,
         tokenizer=session.corpus.tokenizer,
+        logits=fixed_logits(session),
     )
 
 
