@@ -14,6 +14,9 @@ from ulysses_exp.config import Config, ConfigError
 #: Of the sections that decide the numbers, what decides none.
 _NO_NUMBERS = ("model.trust_remote_code", "train.unmeasured_steps", "train.log_every", "train.profile")
 
+#: Of the settings, those that a corpus follows from: synthetic tokens from seed and length, others from the tokenizer.
+_DECIDE_THE_DATA = ("data.", "seed", "train.seq_len", "model.")
+
 
 def trained_with(config: Config) -> dict[str, Any]:
     """The settings that decide the losses of a run, whatever its layout, by dotted key; JSON."""
@@ -44,12 +47,12 @@ def check_data(state: Mapping[str, Any], config: Config, sha256: str, chosen: bo
         chosen: the user has given a key of `data` on the command line.
     """
     then = state.get("data_sha256")
-    asked = chosen or any(key.startswith("data.") for key in changed(state, config) or ())
+    asked = chosen or any(key.startswith(_DECIDE_THE_DATA) for key in changed(state, config) or ())
     if not isinstance(then, str) or then == sha256 or asked:
         return
     raise ConfigError(
         "checkpoint.source",
-        f"it was trained on other data: sha256 {then[:12]}, that of data={config.data.name} is {sha256[:12]} now",
+        f"it was trained on other data: sha256 {then}, that of data={config.data.name} is {sha256} now",
         f"bring the data back, or give data={config.data.name} on the command line to train on with what there is",
     )
 

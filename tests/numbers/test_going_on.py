@@ -99,14 +99,14 @@ def on_other_data(config: Config, folder: Path) -> tuple[str, list[int]]:
     went = []
     for options in ({}, {"data_chosen": True}):
         with session(config, folder, checkpoint=str(checkpoint), **options) as opened:
-            opened.corpus = replace(opened.corpus, sha256="0" * 64)
+            opened.corpus = replace(opened.corpus, train=opened.corpus.train[::-1])
             try:
                 opened.resume(training=True)
                 went.append(opened.step)
             except ConfigError as error:
                 said = str(error)
     with session(config, folder, checkpoint=str(checkpoint)) as opened:
-        opened.corpus = replace(opened.corpus, sha256="0" * 64)
+        opened.corpus = replace(opened.corpus, train=opened.corpus.train[::-1])
         opened.resume()  # an evaluation may be of other data
         went.append(opened.step)
     return said, went
@@ -175,6 +175,17 @@ def test_another_configuration_has_other_losses():
     shorter = replace(config, train=replace(config.train, seq_len=16, log_every=5))
     assert lineage.changed(state, shorter) == {"train.seq_len": [32, 16]}
     assert lineage.changed({}, config) is None, "a checkpoint that does not say"
+
+
+def test_data_that_follow_from_a_setting_are_asked_for_by_it():
+    """Synthetic tokens are drawn from the seed."""
+    config = configured("sp.size=1", "data=synthetic")
+    state = {"data_sha256": "a" * 16, "trained_with": lineage.trained_with(config)}
+    lineage.check_data(state, replace(config, seed=1), "b" * 16, chosen=False)
+    for then in (state, {"data_sha256": "a" * 16}):
+        with pytest.raises(ConfigError, match="trained on other data"):
+            lineage.check_data(then, config, "b" * 16, chosen=False)
+    lineage.check_data({}, config, "b" * 16, chosen=False)
 
 
 def test_another_optimizer_is_refused_before_a_rank_starts(tmp_path):
