@@ -42,10 +42,10 @@ def held(opened: Session) -> tuple[checkpoints.Fingerprint, dict[str, str]]:
     return checkpoints.fingerprint(opened.engine), module_digests(opened.engine)
 
 
-def skip_one(config: Config, folder: Path) -> list[str]:
-    """What is wrong with a skipped step, in words, over all places of one precision and optimizer."""
+def skip_one(config: Config, folder: Path, places: list[tuple[str, bool]]) -> list[str]:
+    """What is wrong with a skipped step, in words, over places of one precision and optimizer."""
     wrong = []
-    for zero, offload in PLACES:
+    for zero, offload in places:
         here = at(config, f"sp1-dp2-{zero}", offload)
         where = f"{zero}{' offload' if offload else ''} {here.train.precision} {here.optim.name}"
         with session(here, folder) as opened:
@@ -77,17 +77,23 @@ def skip_one(config: Config, folder: Path) -> list[str]:
     return wrong
 
 
+ADAMW = ["optim=adamw", "optim.weight_decay=0.1", "optim.schedule=linear"]
+MOMENTUM = ["optim=sgd", "optim.momentum=0.9", "optim.weight_decay=0.1", "optim.schedule=cosine"]
+
+
 @pytest.mark.parametrize(
-    "overrides",
+    ("overrides", "places"),
     [
-        ["optim=adamw", "optim.weight_decay=0.1", "optim.schedule=linear"],
-        ["optim=sgd", "optim.momentum=0.9", "train.precision=bf16", "optim.weight_decay=0.1", "optim.schedule=cosine"],
+        ([*ADAMW, "train.precision=fp32"], [("z0", False), ("z2", False), ("z1", True)]),
+        ([*MOMENTUM, "train.precision=bf16"], [("z0", False), ("z1", False), ("z3", False)]),
+        pytest.param([*ADAMW, "train.precision=bf16"], PLACES, marks=pytest.mark.long),
+        pytest.param([*MOMENTUM, "train.precision=fp32"], PLACES, marks=pytest.mark.long),
     ],
-    ids=["adamw fp32", "momentum bf16"],
+    ids=["adamw", "momentum bf16", "adamw bf16, everywhere", "momentum, everywhere"],
 )
-def test_a_skipped_step_changes_nothing(overrides, tmp_path):
+def test_a_skipped_step_changes_nothing(overrides, places, tmp_path):
     config = configured("sp.size=1", "dp.size=2", "train.on_nonfinite=skip", *overrides)
-    assert run(2, skip_one, config, tmp_path)[0] == []
+    assert run(2, skip_one, config, tmp_path, places, timeout=200)[0] == []
 
 
 def stopped(config: Config, folder: Path, places: list[tuple[str, bool]]) -> list[tuple[str, dict[str, Any]]]:
@@ -104,7 +110,7 @@ def stopped(config: Config, folder: Path, places: list[tuple[str, bool]]) -> lis
     return found
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.long), "bf16"])
 def test_the_parameter_where_a_gradient_is_not_finite_is_named(precision, tmp_path):
     config = configured("sp.size=1", "dp.size=2", f"train.precision={precision}")
     places = [(f"sp1-dp2-{zero}", offload) for zero, offload in PLACES]
