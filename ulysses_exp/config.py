@@ -55,6 +55,8 @@ class ModelConfig:
     name_or_path: str | None = None  # a local folder or a hub name; then `architecture` overrides its configuration
     pretrained: bool = True  # with name_or_path: load its weights, or only its shape with random weights
     trust_remote_code: bool = _door(False)
+    # names or patterns of pretrained weights that may be missing, left over, of another shape or not finite
+    allow_missing: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -115,6 +117,7 @@ class TrainConfig:
     global_batch_size: int = 4
     micro_batch_size: int = 1
     precision: str = "fp32"
+    on_nonfinite: str = "stop"  # a step whose loss or gradient norm is not finite: stop, skip its update, or keep going
     unmeasured_steps: int = 3  # first steps left out of medians: allocators and caches warm up
     log_every: int = 1  # steps between two looks at the device's figures; their times are means over the interval
     compile: bool = False  # torch.compile decoder layers; a minute on CPU, seconds where TORCHINDUCTOR_CACHE_DIR has it
@@ -522,6 +525,7 @@ def check(config: Config) -> None:
     _choice("eval.mode", c.eval.mode, EVAL_MODES)
     _choice("device", c.device, ("auto", "cpu", "cuda"))
     _choice("train.precision", c.train.precision, ("fp32", "bf16"))
+    _choice("train.on_nonfinite", c.train.on_nonfinite, ("stop", "skip", "keep"))
     _choice("tracker.mode", c.tracker.mode, ("offline", "online", "disabled"))
     _choice("launch.cluster", c.launch.cluster, ("slurm", "local"))
     _choice("sweep.rerun", c.sweep.rerun, ("changed", "failed", "all"))

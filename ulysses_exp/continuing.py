@@ -121,6 +121,13 @@ def _joined(result: dict[str, Any], rows: list[dict[str, Any]], config: Config, 
     for name in ("mfu", "hfu"):  # of a step they are in inverse proportion to its time
         if last.get(f"perf/{name}") is not None:
             whole[name] = last[f"perf/{name}"] * seconds[-1] / whole["step_time_s"]["median"]
+    if bad := [int(row["step"]) for row in rows if row["train/loss"] is None or row["train/grad_norm"] is None]:
+        whole["nonfinite_steps"] = bad
+        if config.train.on_nonfinite == "skip":
+            whole["skipped_steps"] = len(bad)
+        elif whole["status"] == "ok":
+            reason = f"{len(bad)} of {len(rows)} steps are not finite, the first: step {bad[0]}"
+            whole.update(status="failed", reason=reason)
     if not result["steps"]:  # all steps were made by earlier attempts
         whole.pop("already_at_step", None)
         whole["checkpoint"] = f"checkpoints/{checkpoint.name}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import subprocess
 import sys
 import threading
@@ -17,7 +18,7 @@ from typing import Any
 
 from rich.console import Console
 
-from ulysses_exp import continuing, redaction, sources
+from ulysses_exp import continuing, lineage, redaction, sources, strict_json
 from ulysses_exp.checkpoints.errors import CheckpointError
 from ulysses_exp.checkpoints.manifest import Manifest
 from ulysses_exp.config import Config, ConfigError, device_of, text_architecture
@@ -197,7 +198,9 @@ class Job:
             self.results["stages"]["eval"] = {"status": "ok", "mode": "none"}
             return
         self._needs("train")
-        task = Task("eval", self.config, ("eval",), self.folder, self._source_options() | self._eval_options(note))
+        trained = self.results["stages"].get("train")  # then its own task has ended before it came to this
+        of_source = {"checkpoint": str(self.folder / trained["checkpoint"])} if trained else self._source_options()
+        task = Task("eval", self.config, ("eval",), self.folder, of_source | self._eval_options(note))
         self._main = self._main or task
         self._do(task)
         self.results["stages"]["eval"] = _read(task.results / "eval.json")
@@ -268,16 +271,23 @@ class Job:
             return {"route": "huggingface", "status": "failed", "reason": reason, "weights_bit_exact": None,
                     "optimizer_bit_exact": None, "seconds": seconds}  # fmt: skip
         result = _read(out)
-        exact = result["weights_bit_exact"]
+        problems = []
+        if not result["weights_bit_exact"]:
+            problems.append("the weights that from_pretrained loads are not those that were trained")
+        if changes := result.get("config_changed"):
+            problems.append(f"huggingface/config.json is not as it was saved ({'; '.join(changes)})")
+        if (logits := result.get("logits")) not in ("ok", "not recorded"):
+            although = ", although the weights are equal" if result["weights_bit_exact"] else ""
+            problems.append(f"{logits}{although}")
         cell = {
             "route": "huggingface",
-            "status": "ok" if exact else "failed",
+            "status": "failed" if problems else "ok",
             "optimizer_bit_exact": None,
             "seconds": seconds,
             **result,
         }
-        if not exact:
-            cell["reason"] = "the weights that from_pretrained loads are not those that were trained"
+        if problems:
+            cell["reason"] = "; ".join(problems)
         return cell
 
     def _parity(self, note: Callable[[str], None]) -> None:
@@ -335,11 +345,12 @@ class Job:
             return {"checkpoint": str(self.earlier.checkpoint)}
         if self.config.checkpoint.source is None:
             return {}
-        return {"checkpoint": str(_checkpoint_of(self.config.checkpoint.source))}
+        checkpoint = _checkpoint_of(self.config.checkpoint.source)
+        return {"checkpoint": str(checkpoint), "data_chosen": lineage.overridden(self.folder, "data")}
 
     def _source(self, note: Callable[[str], None]) -> Source:
         train = self.results["stages"].get("train") or {}
-        losses = None
+        losses, same = None, True
         if train.get("checkpoint"):
             folder, checkpoint = self.folder, self.folder / train["checkpoint"]
             saved, losses = self.config.layout, train.get("continuation_loss")
@@ -347,18 +358,21 @@ class Job:
             folder = sources.run_folders(self.config.checkpoint.source or "")[0]
             checkpoint = _checkpoint_of(str(folder))
             try:
-                saved = Layout.parse(Manifest.read(checkpoint).layout)
+                manifest = Manifest.read(checkpoint)
             except CheckpointError as error:
                 raise StageFailure(str(error)) from error
+            saved = Layout.parse(manifest.layout)
+            # losses of another configuration, e.g. of sequences of another length, are no losses to compare with
+            same = lineage.changed(manifest.state, self.config) == {}
             try:
                 losses = sources.continuation_losses(folder, self.config.reload.steps)
             except Refused as error:
                 note(f"{error}; its losses are computed again")
-        if (losses is None or len(losses) < self.config.reload.steps) and self.config.reload.steps:
+        if (losses is None or len(losses) < self.config.reload.steps or not same) and self.config.reload.steps:
             layout = sources.comparison_layout(self.config, saved)
             note(f"continuing {folder.name} at {layout} for comparison")
             task = Task("continuation", self.config.at(layout), ("continuation",), self.folder,
-                        {"checkpoint": str(checkpoint)})  # fmt: skip
+                        {"checkpoint": str(checkpoint), "data_chosen": True})  # fmt: skip
             self._do(task)
             losses = _read(task.results / "continuation.json")["loss"]
             if train.get("checkpoint"):
@@ -411,7 +425,7 @@ class Job:
         self.results = redaction.redacted_results(self.results)
         temporary = self.folder / "results.json.tmp"
         try:
-            temporary.write_text(json.dumps(self.results, indent=1, allow_nan=True))
+            temporary.write_text(strict_json.dumps(self.results, indent=1))
             temporary.replace(self.folder / "results.json")
         except OSError as error:
             error.filename = str(self.folder / "results.json")
@@ -438,15 +452,24 @@ def judged(cell: dict[str, Any], uninterrupted: list[float] | None, tolerance: f
         problems.append("weights are not bit-exact")
     if cell["optimizer_bit_exact"] is False:
         problems.append("optimizer states are not bit-exact")
-    if uninterrupted and losses:
-        differences = [abs(a - b) for a, b in zip(losses, uninterrupted, strict=False)]
+    expected = uninterrupted or []
+    if losses and not expected:
+        problems.append("the uninterrupted run has left no losses to compare with")
+    elif losses and not all(map(_is_finite, [*losses, *expected])):
+        problems.append("the next losses are not finite")
+    elif losses:
+        differences = [abs(a - b) for a, b in zip(losses, expected, strict=False)]
         cell["continuation_max_abs_loss_diff"] = max(differences)
-        if max(d / max(abs(b), 1e-30) for d, b in zip(differences, uninterrupted, strict=False)) > tolerance:
+        if max(d / max(abs(b), 1e-30) for d, b in zip(differences, expected, strict=False)) > tolerance:
             problems.append(f"the next losses differ by {max(differences):.2e} from the uninterrupted run's")
     cell["status"] = "failed" if problems else "ok"
     if problems:
         cell["reason"] = "; ".join(problems)
     return cell
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 @contextlib.contextmanager
@@ -539,7 +562,7 @@ def _checkpoint_of(source: str) -> Path:
 
 def _append(path: Path, entry: dict[str, Any]) -> None:
     with path.open("a") as file:
-        file.write(json.dumps(entry) + "\n")
+        file.write(strict_json.dumps(entry) + "\n")
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -141,7 +141,8 @@ def inherit(cfg: DictConfig, overrides: list[str]) -> DictConfig:
     """`cfg` with the sections of the source's configuration, then with the user's own `overrides` of them again.
 
     Raises:
-        ConfigError: the source holds no checkpoint that the stages could use, or it is not to be believed.
+        ConfigError: the source holds no checkpoint that the stages could use, it is not to be believed, or another
+            optimizer is asked for than the one whose states the checkpoint holds.
     """
     source = cfg.checkpoint.source
     if source is None or not glob.glob(os.path.expanduser(source)):
@@ -185,6 +186,13 @@ def _merged(cfg: DictConfig, trained: dict[str, Any], saved: Path, overrides: li
     for name, section in sections.items():
         if isinstance(plain[name], dict) and not isinstance(section, dict):
             raise Refused(saved, f"{name}: is not a table of settings")
+    had = trained.get("optim")
+    if "optim" in chosen and isinstance(had, dict) and had.get("name") != plain["optim"]["name"]:
+        raise ConfigError(
+            "optim",
+            f"the checkpoint holds the states of {had.get('name')}, not of {plain['optim']['name']}",
+            "leave optim out, and set optim.lr and the like",
+        )
     _close_doors(sections, plain, chosen, saved)
     try:
         inherited = OmegaConf.merge(OmegaConf.structured(Config), plain | sections)

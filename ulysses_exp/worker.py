@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import traceback
 from collections.abc import Callable, Iterator
@@ -15,6 +14,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
+from ulysses_exp import strict_json
 from ulysses_exp.attention import upstream
 from ulysses_exp.config import device_of
 from ulysses_exp.launch import failure, heartbeat
@@ -68,6 +68,8 @@ def run(task: Task, rank: int, store: dist.Store) -> None:
                 result = WORK[work](session)
                 if rank == 0:
                     _leave(task.results / f"{work}.json", result)
+                if work == "train" and result["status"] != "ok":
+                    break  # there is nothing to evaluate or to continue
             heartbeat.beat("ending")
         except Stopped as stopped:
             if rank == 0:
@@ -126,5 +128,5 @@ def _process_group(task: Task, rank: int, store: dist.Store) -> Iterator[None]:
 def _leave(path: Path, result: dict[str, Any]) -> None:
     """Writes `result` so that a reader sees all of it or nothing."""
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(result))
+    temporary.write_text(strict_json.dumps(result))
     temporary.replace(path)

@@ -41,4 +41,6 @@ def written_together(folder: Path) -> Iterator[None]:
         yield
     except OSError as failure:
         error = CheckpointError(folder, f"the checkpoint cannot be written: {failure.strerror or failure}")
+    except CheckpointError as failure:
+        error = failure
     raise_together(error)

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
 NAME = "manifest.json"
 PORTABLE = "portable"
-_FORMAT, _VERSION = "ulysses-exp checkpoint", 1
+_FORMAT, _VERSION = "ulysses-exp checkpoint", 2
+_READABLE = (1, 2)  # 1 has no `function`
 _SHARD_NAME = re.compile(r"[A-Za-z0-9_]+-\d{5}-of-\d{5}\.safetensors")
 _LARGEST_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 _MOST = 10**15  # steps or samples; anything above is no count
@@ -50,13 +51,19 @@ class Manifest:
     files: dict[str, dict[str, Any]]  # shard in portable/ -> bytes, sha256 of its header
     engine: dict[str, Any] = field(default_factory=dict)  # counters, learning rates, scheduler
     state: dict[str, Any] = field(default_factory=dict)  # the caller's
+    function: dict[str, Any] = field(default_factory=dict)  # huggingface/config.json, logits_sha256 of function.FILE
     versions: dict[str, str] = field(default_factory=dict)
 
     def write(self, folder: Path) -> None:
-        """Writes `folder`/manifest.json."""
+        """Writes `folder`/manifest.json. Raises CheckpointError where it would hold a number that is not finite."""
         content = {"format": _FORMAT, "version": _VERSION, **asdict(self)}
         content["sha256"] = _checksum(content)
-        (folder / NAME).write_text(json.dumps(content, indent=1))
+        try:
+            text = json.dumps(content, indent=1, allow_nan=False)
+        except ValueError:
+            problem = "would hold a number that is not finite, and could not be read again; look at optim"
+            raise CheckpointError(folder / NAME, problem) from None
+        (folder / NAME).write_text(text)
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
@@ -67,7 +74,7 @@ class Manifest:
         content = _json(path)
         if not isinstance(content, dict) or content.get("format") != _FORMAT:
             raise CheckpointError(path, "is not the manifest of a checkpoint of ulysses-exp")
-        if content.get("version") != _VERSION:
+        if content.get("version") not in _READABLE:
             raise CheckpointError(path, f"has format version {content.get('version')!r}, this is version {_VERSION}")
         checksum = content.pop("sha256", None)
         if checksum != _checksum(content):

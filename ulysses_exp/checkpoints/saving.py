@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import threading
@@ -15,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import deepspeed
+import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
+from ulysses_exp.checkpoints import function, publish
 from ulysses_exp.checkpoints import manifest as manifests
-from ulysses_exp.checkpoints import publish
 from ulysses_exp.checkpoints.errors import CheckpointError, written_together
 from ulysses_exp.checkpoints.fingerprints import from_digests, gather_scalars, names
 from ulysses_exp.checkpoints.homes import fragments
@@ -53,6 +55,7 @@ def begin(
     state: dict[str, Any],
     keep: int | None = None,
     tokenizer: Any = None,
+    logits: dict[str, torch.Tensor] | None = None,
 ) -> Saving:
     """Hands a checkpoint to the kernel; a thread brings it to disk and gives it its name while the engine goes on.
 
@@ -63,6 +66,7 @@ def begin(
         folder: `<run>/checkpoints/step<N>`.
         state: what else resuming needs, as JSON.
         keep: how many step folders stay in `<run>/checkpoints`; None keeps all.
+        logits: of a fixed batch, as `function.record` keeps them; None records none.
 
     Raises:
         CheckpointError: on all ranks, where one of them cannot write; what was there before is still there.
@@ -76,7 +80,7 @@ def begin(
             if rank == 0:
                 publish.begin(folder)
                 (temporary / manifests.PORTABLE).mkdir()
-        files, size = _write(engine, folder, temporary, layout, step, state, tokenizer)
+        files, size = _write(engine, folder, temporary, layout, step, state, tokenizer, logits)
     return Saving(files, temporary, folder, keep, began, size)
 
 
@@ -102,6 +106,7 @@ def _write(
     step: int,
     state: dict[str, Any],
     tokenizer: Any,
+    logits: dict[str, torch.Tensor] | None,
 ) -> tuple[list[Files], int]:
     """Hands all of it to the kernel; returns the files, not yet synced, and the bytes of the portable part."""
     held = list(fragments(engine))
@@ -113,6 +118,9 @@ def _write(
     counters = engine_state(engine)
     with written_together(folder):
         if dist.get_rank() == 0:
+            computes = {"config": json.loads((temporary / "huggingface" / "config.json").read_text())}
+            if logits is not None:
+                computes["logits_sha256"] = function.write(logits, temporary)
             manifests.Manifest(
                 layout=layout.name,
                 step=step,
@@ -124,6 +132,7 @@ def _write(
                 files={shard.file: manifests.describe(shard) for shard in shards},
                 engine=counters,
                 state=state,
+                function=computes,
                 versions={name: version(name) for name in ("torch", "deepspeed", "transformers", "safetensors")},
             ).write(temporary)
     return files, sum(tensor.nbytes for shard in shards for tensor in shard.tensors)

@@ -185,7 +185,8 @@ def loss(runs: list[Run]) -> Figure | None:
 
 def evaluation(runs: list[Run]) -> Figure | None:
     """What the SP bypass changes: nothing in the result, all of the exchange, some of the speed."""
-    both = [(n, r) for n, r in zip(labels(runs), runs, strict=True) if r.figure("eval.bypass") and r.figure("eval.sp")]
+    both = [(n, r) for n, r in zip(labels(runs), runs, strict=True)
+            if None not in (r.figure("eval.bypass.loss"), r.figure("eval.sp.loss"))]  # fmt: skip
     if not both:
         return None
     canvas = figure(9.5, 1.5 + 0.34 * len(both))

@@ -80,13 +80,14 @@ class Run:
 
     @cached_property
     def losses(self) -> dict[int, float]:
-        """Training loss by optimizer step; in an unfinished run as far as it came."""
+        """Training loss by optimizer step, nan where it was not finite; in an unfinished run as far as it came."""
         logged = {
             int(line["step"]): line["train/loss"] for line in self.metrics if "train/loss" in line and "step" in line
         }
         train = self.results.get("stages", {}).get("train", {})
         first = int(train.get("first_step") or 0)
-        return logged | {first + i: loss for i, loss in enumerate(train.get("loss") or [], 1)}
+        found = logged | {first + i: loss for i, loss in enumerate(train.get("loss") or [], 1)}
+        return {step: math.nan if loss is None else loss for step, loss in found.items()}
 
     def setting(self, key: str) -> Any:
         """A value of the configuration by its dotted key, None where it has none."""

@@ -219,6 +219,12 @@ def _train(facts: Table, stage: Mapping[str, Any] | None, arrow: str) -> None:
         if stage.get("continued_from"):
             text += f", continued at step {stage['continued_from']}"
         facts.add_row("loss", text)
+    if changed := stage.get("changed"):
+        what = ", ".join(f"{key} {then} {arrow} {now}" for key, (then, now) in changed.items())
+        facts.add_row("resumed", Text(f"from step {stage.get('first_step')}, with {what}"))
+    if bad := stage.get("nonfinite_steps"):
+        skipped = ", their updates skipped" if stage.get("skipped_steps") else ""
+        facts.add_row("not finite", f"{len(bad)} of {len(loss)} steps, first step {bad[0]}{skipped}")
     if stage.get("tokens_per_second"):
         speed = f"{of_count(stage['tokens_per_second'])} tokens/s"
         if stage.get("mfu"):
