@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import rich.box
-import rich.markup
-import rich.table
 from rich.console import Console
 
 from ulysses_exp.config import Config, TrackerConfig
 from ulysses_exp.report import files, html, markdown, pictures, runs, table
 from ulysses_exp.report.page import Page, page
 from ulysses_exp.report.plain import line, plain
+from ulysses_exp.report.plain_table import PlainTable
 from ulysses_exp.tracking import Tracker
 
 _ROWS_AT_ONCE, _ROWS = 60, 25  # a longer table is cut to so many rows on the terminal
@@ -75,16 +74,16 @@ def _publish(
 
 
 def _show(figures: table.Table, whole: Page, console: Console) -> None:
-    shown = rich.table.Table(
+    shown = PlainTable(
         box=rich.box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold", padding=(0, 0, 0, 1)
     )
     rows = figures.rows if len(figures.rows) <= _ROWS_AT_ONCE else figures.rows[:_ROWS]
     for number, name in enumerate(figures.titles):
         words = number == 0 or any(len(row[number][1]) > 12 for row in rows)
-        shown.add_column(rich.markup.escape(name), justify="right" if number else "left", no_wrap=not words,
+        shown.add_column(name, justify="right" if number else "left", no_wrap=not words,
                          overflow="fold", min_width=10 if number == 0 else None)  # fmt: skip
     for row in rows:
-        shown.add_row(*(rich.markup.escape(text) for _, text in row))
+        shown.add_row(*(text for _, text in row))
     console.print()
     console.print(shown)
     if left := len(figures.rows) - len(rows):

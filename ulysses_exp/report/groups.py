@@ -16,6 +16,7 @@ from ulysses_exp.report.traits import LAYOUT, differing, heading, labels
 
 #: As many runs are shown one by one
 FEW = 24
+_WHOLE = "layout"  # sp, dp and ZeRO as one setting
 _RANGES = 5  # into which a number with many values is cut
 
 
@@ -54,10 +55,10 @@ def rows(runs: list[Run], value: Callable[[Run], float | None]) -> list[Group]:
     if len(runs) <= FEW:
         return [Group(label, [run]) for label, run in zip(labels(runs), runs, strict=True)]
     groups = [Group("", runs)]
-    axes = explaining(runs, value)
-    told = {axis.trait for axis in axes}
-    layouts = [axis_of(runs, trait, FEW) for trait in differing(runs) if trait in LAYOUT and trait not in told]
-    for axis in (*axes, *(axis for axis in layouts if axis is not None)):
+    axes = explaining(runs, value, besides=LAYOUT, layouts=True)
+    if all(axis.trait != _WHOLE for axis in axes) and (layouts := axis_of(runs, _WHOLE, FEW)) is not None:
+        axes.append(layouts)
+    for axis in axes:
         finer = [
             Group(f"{group.label}, {part.label}".removeprefix(", "), part.runs)
             for group in groups
@@ -69,7 +70,11 @@ def rows(runs: list[Run], value: Callable[[Run], float | None]) -> list[Group]:
 
 
 def explaining(
-    runs: list[Run], value: Callable[[Run], float | None], most: int = FEW, besides: tuple[str, ...] = ()
+    runs: list[Run],
+    value: Callable[[Run], float | None],
+    most: int = FEW,
+    besides: tuple[str, ...] = (),
+    layouts: bool = False,
 ) -> list[Axis]:
     """The settings in which `runs` differ, first what explains most of `value`; those that explain nothing are left
     out.
@@ -77,12 +82,13 @@ def explaining(
     Args:
         most: values that an axis may have; numbers with more are cut into ranges, texts with more are left out.
         besides: traits that are not asked for.
+        layouts: whether the layout as a whole is one of the settings.
     """
     figures = np.array([math.nan if (figure := value(run)) is None else figure for run in runs], dtype=float)
     known = np.isfinite(figures)
     ranks = np.argsort(np.argsort(figures[known], kind="stable"), kind="stable").astype(float)
     found = []
-    for trait in differing(runs):
+    for trait in (*([_WHOLE] if layouts else []), *differing(runs)):
         if trait in besides:
             continue
         axis = axis_of(runs, trait, most)
@@ -97,6 +103,12 @@ def explaining(
 
 def axis_of(runs: list[Run], trait: str, most: int) -> Axis | None:
     """The values of `trait` over `runs`, in order; None where they are many and no numbers."""
+    if trait == _WHOLE:
+        known_layouts = sorted({run.layout for run in runs if run.layout is not None})
+        names = [layout.name for layout in known_layouts] + ["?"] * any(run.layout is None for run in runs)
+        if len(names) > most:
+            return None
+        return Axis(trait, trait, names, {id(run): run.layout.name if run.layout else "?" for run in runs})
     of_run = {id(run): run.traits.get(trait, "?") for run in runs}
     values = list(dict.fromkeys(of_run.values()))
     numbers = {text: _number(text, trait) for text in values}

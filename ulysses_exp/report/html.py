@@ -20,7 +20,7 @@ def document(page: Page) -> str:
     """The whole report as one HTML document."""
     assets = files("ulysses_exp.report")
     links = "".join(f'<a href="#{p.name}">{escape(p.title)}</a>' for p in page.pictures)
-    notes = "".join(f"<li>{escape(text)}</li>" for text in page.highlights)
+    notes = "".join(f"<li>{_led(text)}</li>" for text in page.highlights)
     parts = [
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
@@ -50,11 +50,17 @@ def document(page: Page) -> str:
     return "\n".join(parts)
 
 
+def _led(text: str) -> str:
+    """A line with what stands before its colon set off."""
+    name, _, rest = text.partition(": ")
+    return f"<b>{escape(name)}</b> {escape(rest)}"
+
+
 def _table(table: Table, sorted_by: str) -> str:
     """The runs. End tags of rows and cells are left out, as HTML allows: of a thousand runs they are half a page."""
     heads = []
     for number, title in enumerate(table.titles):
-        kind = ' data-choice=""' if 0 < number <= table.settings or title == "status" else ""
+        kind = ' data-choice=""' if number <= table.settings or title == "status" else ""
         order = ""
         if title == sorted_by:
             values = [value for row in table.rows if isinstance(value := row[number][0], (int, float))]

@@ -1,4 +1,3 @@
-
 "use strict";
 // What a cell is sorted and compared by: a number where both are, else the text; nothing comes last.
 const key = cell => cell.dataset.v ?? cell.textContent;

@@ -59,5 +59,5 @@ def _highlights(runs: list[Run]) -> list[str]:
             found.append(f"{name}: {text(figure)}, {label_of[id(run)]}")
     if causes := [axis for axis in explaining(runs, lambda run: run.last_loss) if axis.explains > 0.05][:3]:
         shares = ", ".join(f"{axis.title} ({axis.explains:.0%})" for axis in causes)
-        found.append(f"the loss depends most on {shares} of the variance of its ranks")
+        found.append(f"what the loss depends on (share of the variance of its ranks): {shares}")
     return found

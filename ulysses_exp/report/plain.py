@@ -32,6 +32,12 @@ def line(text: str, longest: int) -> str:
     return text if len(text) <= longest else f"{text[: longest - 1]}…"
 
 
+def ends(text: str, longest: int) -> str:
+    """`text` in one line of at most `longest` characters, beginning and end of it: of long paths the end differs."""
+    text = line(text, 100 * longest)
+    return text if len(text) <= longest else f"{text[: longest // 3]}…{text[longest // 3 + 1 - longest :]}"
+
+
 def plain_deep(value: Any) -> Any:
     """`value` with every text in its lists and dictionaries made plain."""
     if isinstance(value, str):

@@ -15,7 +15,7 @@ from typing import Any
 from ulysses_exp.layout import Layout
 from ulysses_exp.report import shape
 from ulysses_exp.report.files import MIB, Unreadable, read, read_json, read_yaml
-from ulysses_exp.report.plain import line
+from ulysses_exp.report.plain import ends, line
 
 #: Folders of a run that hold no further run
 _INSIDE_A_RUN = {".hydra", "checkpoints", "ranks", "wandb", "profile", "compiled", "previous"}
@@ -35,7 +35,7 @@ _NOT_A_TRAIT = (
 #: What is read of a file at most, in bytes
 _RESULTS, _METRICS, _CONFIG = 32 * MIB, 64 * MIB, 1 * MIB
 
-_SETTING = 60  # characters that are shown of a setting
+_SETTING, _SHOWN = 2000, 40  # characters that are read of a setting, that are shown
 _NOTES = 3  # of what is wrong with a file that many are shown
 
 
@@ -137,7 +137,7 @@ class Run:
             "dp": f"dp {layout.dp}" if layout else "?",
             "zero": f"ZeRO {layout.zero}" if layout else "?",
             "seq_len": f"{self.seq_len:,} tokens" if self.seq_len else "?",
-            **{key: f"{short_key(key)} {value}" for key, value in _leaves(self.config)},
+            **{key: f"{short_key(key)} {ends(value, _SHOWN)}" for key, value in _leaves(self.config)},
         }
 
     @cached_property
@@ -243,9 +243,9 @@ def _logged(path: Path, damaged: list[str]) -> dict[int, float]:
 
 
 def _shown(value: Any) -> Any:
-    """Settings with their texts cut to what can be shown."""
+    """Settings as plain texts, numbers and dictionaries of them."""
     if isinstance(value, dict):
-        return {line(key, _SETTING): _shown(item) for key, item in value.items()}
+        return {line(key, _SHOWN): _shown(item) for key, item in value.items()}
     if isinstance(value, list):
         return line(f"[{', '.join(str(_shown(item)) for item in value)}]", _SETTING)
     return line(value, _SETTING) if isinstance(value, str) else value

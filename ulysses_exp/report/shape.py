@@ -15,7 +15,7 @@ from ulysses_exp.report.plain import line
 
 #: No figure of a run is as large; beyond, sums and axes would overflow
 LARGEST = 1e30
-NAME, REASON = 80, 600  # characters that are shown of a name, of a reason
+SHORT, NAME, REASON = 24, 60, 600  # characters that are shown of a layout's name, of other names, of a reason
 STATUSES = ("ok", "failed", "interrupted", "skipped", "running")
 
 
@@ -68,6 +68,11 @@ def flag(value: Any, where: str, found: Findings) -> bool | None:
         found.wrong(where, f"is {_kind(value)}, not true or false")
         return None
     return value
+
+
+def short(value: Any, where: str, found: Findings) -> str | None:
+    """The name of a layout or a route."""
+    return _text(value, where, found, SHORT)
 
 
 def name(value: Any, where: str, found: Findings) -> str | None:
@@ -145,7 +150,7 @@ def named(reader: Reader, most: int) -> Reader:
         if not isinstance(value, dict) or len(value) > most:
             found.wrong(where, f"is {_kind(value)}, not a dictionary of up to {most} entries")
             return None
-        items = {line(key, NAME): reader(item, _place(where, line(key, NAME)), found) for key, item in value.items()}
+        items = {line(key, SHORT): reader(item, _place(where, line(key, SHORT)), found) for key, item in value.items()}
         return {key: item for key, item in items.items() if item is not None}
 
     return read
@@ -203,14 +208,14 @@ _STAGES: dict[str, dict[str, Reader]] = {
     "reload": {
         "cells": each(
             fields(
-                source=name, target=name, route=name, status=status, reason=reason, weights_bit_exact=flag,
+                source=short, target=short, route=short, status=status, reason=reason, weights_bit_exact=flag,
                 optimizer_bit_exact=flag, seconds=number, continuation_max_abs_loss_diff=number,
             ),
             4096,
         ),
     },
     "parity": {
-        "reference": name,
+        "reference": short,
         "max_rel_loss_diff": number,
         "max_rel_grad_norm_diff": number,
         "max_rel_weight_diff": number,

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from ulysses_exp.report.plain import ends
 from ulysses_exp.report.runs import Run
 from ulysses_exp.report.traits import LAYOUT, differing, heading
 from ulysses_exp.report.units import of_bytes, of_count, of_difference, of_loss, of_seconds
@@ -52,6 +53,7 @@ def _parity(run: Run) -> float | None:
     return max((d for d in differences if d is not None), default=None)
 
 
+_SHOWN = 60  # characters of a setting
 LOSS, SPEED, PLANNED = "loss", "tokens/s", "planned longest"
 _COLUMNS = (
     Column("status", lambda r: r.status, str),
@@ -95,8 +97,8 @@ def table(runs: list[Run], narrow: bool = False) -> Table:
             if trait == "seq_len":
                 row.append((run.seq_len, f"{run.seq_len or 0:,}"))
             else:
-                value = run.setting(trait) if "." in trait else text
-                row.append((value, "-" if value is None else str(value)))
+                value = text if trait == "model" else run.setting(trait)
+                row.append((value, "-" if value is None else ends(str(value), _SHOWN)))
         for column in columns:
             value = values[column.title][number]
             row.append((value, "-" if value is None else column.text(value)))

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 
+from ulysses_exp.report.plain import ends
 from ulysses_exp.report.runs import Run, short_key
 
 _MOST = 12  # of the traits in which runs differ as many are shown
+
+_LONGEST = 100  # characters of a label
 
 LAYOUT = ("sp", "dp", "zero")
 
@@ -38,11 +41,15 @@ def _told_by_name(trait: str, runs: list[Run]) -> bool:
     return len(values) > 1 and all(len(found) == 1 for found in values.values())
 
 
+def _joined(parts: list[str]) -> str:
+    return ends(", ".join(parts), _LONGEST)
+
+
 def labels(runs: list[Run]) -> list[str]:
     """A short name for each run: its layout and whatever else tells it from the others."""
     names = [name for name in differing(runs) if name not in LAYOUT]
     short = [
-        ", ".join(
+        _joined(
             [run.layout.name if run.layout else run.name, *(run.traits[name] for name in names if name in run.traits)]
         )
         for run in runs

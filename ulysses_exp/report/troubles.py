@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from ulysses_exp.report.groups import FEW
 from ulysses_exp.report.runs import Run
 from ulysses_exp.report.traits import labels
 
@@ -15,13 +16,15 @@ _FIGURES = 3  # that are not finite are named
 def troubles(runs: list[Run]) -> list[tuple[str, str]]:
     """(which runs, reason) for everything that is not ok: jobs, stages and reload cells.
 
-    Skipped jobs stand together where their reasons differ in nothing but numbers, other runs where many have the same.
+    Skipped jobs stand together where their reasons differ in nothing but numbers, others where more than three have the
+    same; of many runs, others too where they differ in numbers only.
     """
     found: dict[tuple[str, str], list[tuple[str, str]]] = {}
+    many = len(runs) > FEW
     for label, run in zip(labels(runs), runs, strict=True):
         for reason in _of(run):
             reason = " ".join(reason.split())
-            alike = re.sub(r"\d+", "#", reason) if run.status == "skipped" else reason
+            alike = re.sub(r"\d+", "#", reason) if run.status == "skipped" or many else reason
             found.setdefault((run.status, alike), []).append((label, reason))
     lines = []
     for (status, _), members in found.items():

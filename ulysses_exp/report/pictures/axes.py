@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Iterable
 from typing import Any
 
@@ -25,8 +26,8 @@ def sp_of(run: Run) -> int:
 
 
 def row_names(axes: Axes, names: Iterable[str]) -> None:
-    """A name beside each row, the first at the top."""
-    listed = list(names)
+    """A name beside each row, the first at the top; long ones in two lines."""
+    listed = ["\n".join(textwrap.wrap(name, 52)) for name in names]
     axes.set_yticks(range(len(listed)), listed)
     axes.invert_yaxis()
 

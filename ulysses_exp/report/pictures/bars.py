@@ -15,6 +15,7 @@ from ulysses_exp.report.style import COLOURS, HATCHES, figure
 from ulysses_exp.report.units import of_bytes, of_seconds
 
 _GIB = 2**30
+_KINDS, _OTHER = 8, "other"  # parts of a bar that have a name of their own
 
 
 def costs(runs: list[Run]) -> Drawn | None:
@@ -89,6 +90,11 @@ def _stacked(
     canvas = figure(8.5, 1.3 + 0.34 * len(parts))
     axes = canvas.add_subplot()
     kinds = list(dict.fromkeys(kind for _, sizes in parts for kind in sizes))
+    if len(kinds) > _KINDS:
+        kinds = [*kinds[: _KINDS - 1], _OTHER]
+        named = set(kinds)
+        parts = [(name, sizes | {_OTHER: sum(n for kind, n in sizes.items() if kind not in named)})
+                 for name, sizes in parts]  # fmt: skip
     ends = [0.0] * len(parts)
     for index, kind in enumerate(kinds):
         sizes = [of_row.get(kind, 0.0) / unit for _, of_row in parts]
@@ -101,5 +107,6 @@ def _stacked(
     row_names(axes, [name for name, _ in parts])
     axes.set_xlabel(label)
     axes.grid(axis="y", visible=False)
-    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=len(kinds), borderaxespad=0.2)
+    columns = max(2, 90 // (6 + max(map(len, kinds))))  # that fit beside each other
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=min(len(kinds), columns), borderaxespad=0.2)
     return Drawn(canvas, note)
