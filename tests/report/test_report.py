@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import xml.etree.ElementTree
+from html import escape
 from pathlib import Path
 
 import pytest
 from made_up_results import results, write
 
+from ulysses_exp.report import html as html_report
 from ulysses_exp.report import pictures, runs, table, traits
+from ulysses_exp.report.page import page
 
 REPOSITORY = Path(__file__).parents[2]
 PICTURES = ["throughput", "memory", "loss", "eval", "reload", "step_split", "parity", "plan", "plan_grid"]
@@ -283,25 +287,34 @@ def test_columns_without_a_figure_are_left_out(tmp_path):
 
 
 @pytest.mark.skipif(shutil.which("node") is None, reason="node runs the page's script")
-def test_table_sorts_by_a_click(written, tmp_path):
+def test_page_sorts_and_filters(written, tmp_path):
     folder, _ = written
     script = re.search(r"<script>(.*?)</script>", (folder / "report.html").read_text(), re.DOTALL)
     assert script is not None
-    values = [["b", "2"], ["a", "10"], ["c", ""], ["d", "1"]]
-    page = f"""
-    const rows = {json.dumps(values)}.map(v => ({{cells: v.map(value => ({{dataset: {{value}}}}))}}));
-    const body = {{rows, append(...sorted) {{ this.rows = sorted }}}};
-    const heads = [0, 1].map(cellIndex => ({{cellIndex, firstChild: {{}}, attributes: {{}},
-      getAttribute(n) {{ return this.attributes[n] }}, setAttribute(n, v) {{ this.attributes[n] = v }},
-      removeAttribute(n) {{ delete this.attributes[n] }}, closest: () => table}}));
-    const table = {{tHead: {{rows: [{{cells: heads}}]}}, tBodies: [body]}};
-    const document = {{querySelectorAll: () => heads}};
-    {script[1]}
-    const order = () => body.rows.map(row => row.cells[0].dataset.value).join("");
-    heads[1].firstChild.onclick(); const up = order();
-    heads[1].firstChild.onclick(); const down = order();
-    heads[0].firstChild.onclick(); console.log(up, down, order());
+    rows = [["sp1", "2", "ok"], ["sp2", "10", "ok"], ["sp4", "", "failed"], ["sp8", "1e-3", "ok"]]
+    probe = f"""{script[1]}
+    const rows = {json.dumps(rows)}.map(keys => ({{keys, text: keys.join(" ")}}));
+    const titles = ["layout", "eval loss, sp", "status"];
+    const names = found => found.map(row => row.keys[0]).join(" ");
+    const sorted = (column, down) => names([...rows].sort((a, b) => order(a.keys[column], b.keys[column], down)));
+    const found = query => names(rows.filter(matches(query, titles)));
+    console.log(JSON.stringify([sorted(1, false), sorted(1, true), sorted(0, true), found("evalloss<3"),
+      found("evallosssp>=10"), found("status=FAILED"), found("ok sp2"), found(""), found("loss<>"), found("nothing")]));
     """
-    (tmp_path / "page.js").write_text(page)
+    (tmp_path / "page.js").write_text(probe)
     done = subprocess.run(["node", str(tmp_path / "page.js")], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["dbac", "abdc", "abcd"], "numbers as numbers, what is missing last"
+    assert json.loads(done.stdout) == [
+        "sp8 sp1 sp2 sp4", "sp2 sp1 sp8 sp4", "sp8 sp4 sp2 sp1",  # numbers as numbers, what is missing last
+        "sp1 sp8", "sp2", "sp4", "sp2", "sp1 sp2 sp4 sp8", "", "",
+    ]  # fmt: skip
+
+
+def test_a_row_has_the_command_that_starts_its_job_again(tmp_path):
+    folder = write(tmp_path / "sweep" / "run", results(2))
+    overrides = ["sp.size=2", "data.name=it's; rm -rf ~", "train.seq_len=4096"]
+    (folder / ".hydra" / "overrides.yaml").write_text(json.dumps(overrides))
+    (run,) = runs.find([tmp_path])
+    assert run.command is not None
+    assert shlex.split(run.command) == ["python", "run.py", *overrides]
+    html = html_report.document(page("sweep", [run]))
+    assert f'title="{escape(run.command)}"' in html

@@ -20,6 +20,7 @@ from ulysses_exp.tracking import Tracker
 
 _ROWS_AT_ONCE, _ROWS = 60, 25  # a longer table is cut to so many rows on the terminal
 _TROUBLES = 30
+_NAME, _WORDS = 10, 12  # characters of a layout's column; a longer text than these may be broken
 
 
 def write(paths: list[Path], out: Path, console: Console, tracker: TrackerConfig | None = None) -> int:
@@ -78,16 +79,23 @@ def _show(figures: table.Table, whole: Page, console: Console) -> None:
         box=rich.box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold", padding=(0, 0, 0, 1)
     )
     rows = figures.rows if len(figures.rows) <= _ROWS_AT_ONCE else figures.rows[:_ROWS]
-    for number, name in enumerate(figures.titles):
-        words = number == 0 or any(len(row[number][1]) > 12 for row in rows)
+    widths = [max(len(text) for text in (title, *(row[number][1] for row in rows)))
+              for number, title in enumerate(figures.titles)]  # fmt: skip
+    columns = len(widths)
+    while columns > figures.settings + 2 and _NAME + sum(1 + min(n, _WORDS) for n in widths[1:columns]) > console.width:
+        columns -= 1  # a figure that is cut in two would be read as another
+    for number, name in enumerate(figures.titles[:columns]):
+        words = number == 0 or widths[number] > _WORDS
         shown.add_column(name, justify="right" if number else "left", no_wrap=not words,
-                         overflow="fold", min_width=10 if number == 0 else None)  # fmt: skip
+                         overflow="fold", min_width=_NAME if number == 0 else None)  # fmt: skip
     for row in rows:
-        shown.add_row(*(text for _, text in row))
+        shown.add_row(*(text for _, text in row[:columns]))
     console.print()
     console.print(shown)
-    if left := len(figures.rows) - len(rows):
-        console.print(f"{left:,} more in report.html", style="dim", highlight=False)
+    missing = [f"{len(figures.rows) - len(rows):,} more"] if len(figures.rows) > len(rows) else []
+    missing += [", ".join(figures.titles[columns:])] if columns < len(widths) else []
+    if missing:
+        console.print(f"in report.html: {'; '.join(missing)}", style="dim", markup=False, highlight=False)
     console.print()
     for text in whole.highlights:
         console.print(text, markup=False, highlight=False, soft_wrap=True)

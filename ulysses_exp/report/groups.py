@@ -17,6 +17,7 @@ from ulysses_exp.report.traits import LAYOUT, differing, heading, labels
 #: As many runs are shown one by one
 FEW = 24
 _WHOLE = "layout"  # sp, dp and ZeRO as one setting
+_MATTERS = 0.05  # the least share of a figure's variance by which a setting tells groups apart
 _RANGES = 5  # into which a number with many values is cut
 
 
@@ -76,8 +77,8 @@ def explaining(
     besides: tuple[str, ...] = (),
     layouts: bool = False,
 ) -> list[Axis]:
-    """The settings in which `runs` differ, first what explains most of `value`; those that explain nothing are left
-    out.
+    """The settings in which `runs` differ, first what explains most of `value`; those that explain next to nothing
+    are left out.
 
     Args:
         most: values that an axis may have; numbers with more are cut into ranges, texts with more are left out.
@@ -96,7 +97,7 @@ def explaining(
             continue
         where = np.array([axis.values.index(axis.of(run)) for run in runs])[known]
         explained = _explained(where, ranks)
-        if explained > 0.01:
+        if explained > _MATTERS:
             found.append(replace(axis, explains=explained))
     return sorted(found, key=lambda axis: (-axis.explains, len(axis.values), axis.trait))
 
@@ -122,7 +123,9 @@ def axis_of(runs: list[Run], trait: str, most: int) -> Axis | None:
         if trait == "seq_len":
             names = [f"{part[0]:,.0f} to {part[-1]:,.0f} tokens" for part in parts]
         else:
-            names = [f"{heading(trait)} {part[0]:g} to {part[-1]:g}" for part in parts]
+            names = [f"{heading(trait)} {part[0]:.3g} to {part[-1]:.3g}" for part in parts]
+            if len(set(names)) < len(names):
+                names = [f"{heading(trait)} {part[0]} to {part[-1]}" for part in parts]
         range_of = {number: name for part, name in zip(parts, names, strict=True) for number in part.tolist()}
         return Axis(trait, heading(trait), names, {run: range_of[numbers[text] or 0.0] for run, text in of_run.items()})
     return Axis(trait, heading(trait), values, of_run)

@@ -57,7 +57,7 @@ def _highlights(runs: list[Run]) -> list[str]:
         if known:
             run, figure = min(known, key=lambda entry: sign * entry[1])
             found.append(f"{name}: {text(figure)}, {label_of[id(run)]}")
-    if causes := [axis for axis in explaining(runs, lambda run: run.last_loss) if axis.explains > 0.05][:3]:
+    if causes := explaining(runs, lambda run: run.last_loss)[:3]:
         shares = ", ".join(f"{axis.title} ({axis.explains:.0%})" for axis in causes)
         found.append(f"what the loss depends on (share of the variance of its ranks): {shares}")
     return found

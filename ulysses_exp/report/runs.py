@@ -137,7 +137,7 @@ class Run:
             "dp": f"dp {layout.dp}" if layout else "?",
             "zero": f"ZeRO {layout.zero}" if layout else "?",
             "seq_len": f"{self.seq_len:,} tokens" if self.seq_len else "?",
-            **{key: f"{short_key(key)} {ends(value, _SHOWN)}" for key, value in _leaves(self.config)},
+            **{key: f"{short_key(key)} {value}" for key, value in _leaves(self.config)},
         }
 
     @cached_property
@@ -184,7 +184,13 @@ def _leaves(node: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]
         if isinstance(value, dict):
             yield from _leaves(value, f"{key}.")
         else:
-            yield key, str(value)
+            yield key, setting_text(value)
+
+
+def setting_text(value: Any) -> str:
+    """A setting as it is shown; of a drawn number, e.g. a search's learning rate, four digits."""
+    text = str(value)
+    return f"{value:.4g}" if isinstance(value, float) and len(text) > 9 else ends(text, _SHOWN)
 
 
 @lru_cache(maxsize=4096)

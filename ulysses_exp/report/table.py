@@ -8,8 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from ulysses_exp.report.plain import ends
-from ulysses_exp.report.runs import Run
+from ulysses_exp.report.runs import Run, setting_text
 from ulysses_exp.report.traits import LAYOUT, differing, heading
 from ulysses_exp.report.units import of_bytes, of_count, of_difference, of_loss, of_seconds
 
@@ -53,7 +52,6 @@ def _parity(run: Run) -> float | None:
     return max((d for d in differences if d is not None), default=None)
 
 
-_SHOWN = 60  # characters of a setting
 LOSS, SPEED, PLANNED = "loss", "tokens/s", "planned longest"
 _COLUMNS = (
     Column("status", lambda r: r.status, str),
@@ -98,7 +96,7 @@ def table(runs: list[Run], narrow: bool = False) -> Table:
                 row.append((run.seq_len, f"{run.seq_len or 0:,}"))
             else:
                 value = text if trait == "model" else run.setting(trait)
-                row.append((value, "-" if value is None else ends(str(value), _SHOWN)))
+                row.append((value, "-" if value is None else setting_text(value)))
         for column in columns:
             value = values[column.title][number]
             row.append((value, "-" if value is None else column.text(value)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from matplotlib.colors import to_rgba
+from matplotlib.ticker import MaxNLocator
 
 from ulysses_exp.report.groups import FEW, Group, rows
 from ulysses_exp.report.pictures.axes import comparable, row_names, sp_of
@@ -40,8 +41,12 @@ def costs(runs: list[Run]) -> Drawn | None:
         )
         for row, (low, size, high) in enumerate(spreads):
             whisker(axes, row, low, high)
-            axes.annotate(" " + text(size * unit), (max(size, high), row), va="center", fontsize=8)
+            axes.annotate(
+                (" " if high == low else "  ") + text(size * unit), (max(size, high), row), va="center", fontsize=8
+            )
         axes.set_xlim(0, max(high for *_, high in spreads) * 1.2)
+        if len(measured) > FEW:
+            axes.xaxis.set_major_locator(MaxNLocator(6))
         axes.set_xlabel(label)
         axes.grid(axis="y", visible=False)
     row_names(panels[0], [group.label for group in groups])
