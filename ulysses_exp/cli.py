@@ -6,12 +6,11 @@ Exit codes: 0 ok, 1 failed, 2 wrong configuration, 130 interrupted.
 from __future__ import annotations
 
 import os
-import re
 import sys
 import time
 from collections.abc import Collection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     from ulysses_exp.config import Config
@@ -25,19 +24,26 @@ CONF = _HERE / "conf" if (_HERE / "conf").is_dir() else _HERE.parent / "conf"
 def main() -> None:
     """Entry point of run.py and of the installed command `ulysses-exp`."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach us as exceptions; we say them in a line
-    from hydra._internal.utils import get_args_parser
+    from ulysses_exp import command_line
 
     began = time.time()
-    arguments = get_args_parser().parse_args()
+    try:
+        arguments = command_line.parse(sys.argv[1:])
+    except Exception as error:
+        _refuse(error, [])
+    sys.argv[1:] = command_line.in_order(sys.argv[1:], arguments)
+    typed = list(arguments.overrides)
     if os.environ.get("RANK", "0") != "0" and "launch=attached" in arguments.overrides:
         from ulysses_exp.launch.attached import serve
 
         sys.exit(serve())
     asks = arguments.help or arguments.hydra_help or arguments.cfg or arguments.info or arguments.shell_completion
+    from ulysses_exp import combinations
     from ulysses_exp.sweep import Sweep
 
     sweep = Sweep()
     axes: set[str] = set()
+    possible: list[list[str]] | None = None  # the jobs of a sweep that can run, where that is known
     try:
         _register_resolvers(axes)
         if not asks:
@@ -48,23 +54,62 @@ def main() -> None:
                 arguments.multirun, arguments.overrides = True, jobs
                 sweep.total = _jobs(jobs)
                 axes.update(override.key_or_group for override in _swept(jobs))
-        _hydra(sweep)
+                possible = _leave_out_the_impossible(jobs, axes, sweep)
+        if possible is None:
+            _hydra(sweep)
+        elif possible:
+            with combinations.only(possible):
+                _hydra(sweep)
     except KeyboardInterrupt:
         if arguments.multirun:
             print(sweep.summary())
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
-        message = _user_message(error)
-        if message is None:
-            raise
-        print(message, file=sys.stderr)
-        sys.exit(2)
+        _refuse(error, typed)
     if arguments.multirun:
-        if not sweep.outcomes:  # another launcher than Hydra's own had them run elsewhere
+        if possible != [] and set(sweep.outcomes) <= {"skipped"}:  # another launcher had them run elsewhere
             sweep.read(_sweep_folder(arguments.overrides), began)
         print(sweep.summary())
     sys.exit(sweep.exit_code())
+
+
+def _refuse(error: Exception, overrides: list[str]) -> NoReturn:
+    """Ends with a line or two for a mistake of the user's; raises `error` again where it is one of ours."""
+    from ulysses_exp.user_errors import user_message
+
+    message = user_message(error, CONF, overrides)
+    if message is None:
+        raise error
+    print(message, file=sys.stderr)
+    sys.exit(2)
+
+
+def _leave_out_the_impossible(jobs: list[str], axes: Collection[str], sweep: Sweep) -> list[list[str]] | None:
+    """Records the jobs of a sweep that cannot run, and says why; returns those that can, None where that is not known.
+
+    Raises:
+        ConfigError: a value is of no type that its key takes.
+    """
+    from ulysses_exp import before_start, combinations, config
+    from ulysses_exp.sweep import job_name, leave_skipped
+
+    def check(of_job: Config) -> None:
+        config.check(of_job)
+        before_start.check(of_job)
+
+    lost = combinations.impossible(jobs, lambda overrides: _composed(overrides)[0], check)
+    if lost is None:
+        return None
+    folder = _sweep_folder(jobs) if lost else Path()
+    for job in lost:
+        name = job_name(job.overrides, job.number, axes)
+        leave_skipped(folder / name, job.config, str(job.error))
+        sweep.add("skipped", name, str(job.error), ran=False)
+    for reason in combinations.reasons(lost):
+        print(reason, flush=True)
+    numbers = {job.number for job in lost}
+    return [job for number, job in enumerate(combinations.jobs_of(jobs)) if number not in numbers]
 
 
 def _register_resolvers(axes: Collection[str]) -> None:
@@ -123,35 +168,49 @@ def _swept(overrides: list[str]) -> list[Any]:
     """Those of `overrides`, parsed, that give more than one value."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
-    return [o for o in OverridesParser.create().parse_overrides(overrides) if o.is_sweep_override()]
+    from ulysses_exp.user_errors import check_groups
+
+    parsed = OverridesParser.create().parse_overrides(overrides)
+    check_groups(parsed, CONF)
+    return [override for override in parsed if override.is_sweep_override()]
 
 
 def _compose(overrides: list[str], check: bool) -> dict[str, str]:
     """Composes a job, and checks it before Hydra makes its folder; returns the axes of a study that is a sweep."""
-    from hydra import compose, initialize_config_dir
     from hydra.types import RunMode
+
+    from ulysses_exp import before_start, config, sources
+
+    cfg, of_hydra = _composed(overrides)
+    if check:
+        checked = config.resolve(sources.inherit(cfg, overrides))
+        before_start.check(checked)
+        _name_run(f"{checked.model.name}-{checked.layout.name}")
+    return dict(of_hydra.sweeper.params or {}) if of_hydra.mode == RunMode.MULTIRUN else {}
+
+
+def _composed(overrides: list[str]) -> tuple[Any, Any]:
+    """The configuration of a job, and Hydra's own part of it."""
+    from hydra import compose, initialize_config_dir
     from omegaconf import open_dict
 
-    from ulysses_exp import config, sources
+    from ulysses_exp import config  # noqa: F401  registers the schema
 
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose("config", overrides, return_hydra_config=True)
     of_hydra = cfg.hydra
     with open_dict(cfg):
         del cfg["hydra"]
-    if check:
-        checked = config.resolve(sources.inherit(cfg, overrides))
-        _name_run(f"{checked.model.name}-{checked.layout.name}")
-    return dict(of_hydra.sweeper.params or {}) if of_hydra.mode == RunMode.MULTIRUN else {}
+    return cfg, of_hydra
 
 
 def _jobs(overrides: list[str]) -> int:
     """How many jobs a sweep has: those of the grid, or as many as a sweeper that searches will ask for."""
-    from ulysses_exp.sweep import jobs_of
+    from ulysses_exp.combinations import jobs_of
 
     if any(override.startswith("hydra/sweeper=") for override in overrides):
         return int(_hydra_settings(overrides).sweeper.n_trials)
-    return jobs_of(overrides)
+    return len(jobs_of(overrides))
 
 
 def _sweep_folder(overrides: list[str]) -> Path:
@@ -202,9 +261,10 @@ def _run_job(cfg: Any, sweep: Sweep) -> float | None:
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import OmegaConf
     from rich.console import Console
+    from rich.markup import escape
 
+    from ulysses_exp import before_start, sources
     from ulysses_exp import config as schema
-    from ulysses_exp import sources
     from ulysses_exp import sweep as sweeps
 
     hydra_config = HydraConfig.get()
@@ -215,18 +275,18 @@ def _run_job(cfg: Any, sweep: Sweep) -> float | None:
     try:
         cfg = sources.inherit(cfg, list(hydra_config.overrides.task))
         config = schema.resolve(cfg)
+        before_start.check(config)
     except schema.ConfigError as error:
         if not multirun:
             raise
-        sweeps.clear(folder)
-        (folder / "results.json").write_text(json.dumps(sweeps.skipped(cfg, str(error)), indent=1))
+        sweeps.leave_skipped(folder, cfg, str(error))
         sweep.add("skipped", name, str(error), ran=False)
-        console.print(f"[yellow]skipped[/] {name}: {error}", highlight=False, soft_wrap=True)
+        console.print(f"[yellow]skipped[/] {escape(name)}: {escape(str(error))}", highlight=False, soft_wrap=True)
         return None
     OmegaConf.save(cfg, folder / ".hydra" / "config.yaml")  # with what it inherits from checkpoint.source
     if multirun and sweeps.finished(config, folder):
         sweep.add("ok", name, None, ran=False)
-        console.print(f"[green]done[/] {name}", highlight=False, soft_wrap=True)
+        console.print(f"[green]done[/] {escape(name)}", highlight=False, soft_wrap=True)
         return sweeps.objective(config.optimize.metric, json.loads((folder / "results.json").read_text()))
     sweeps.clear(folder)
     try:
@@ -239,9 +299,11 @@ def _run_job(cfg: Any, sweep: Sweep) -> float | None:
 
 
 def _launch(config: Config, folder: Path, hydra_config: Any, headline: str | None, console: Any) -> dict[str, Any]:
+    from ulysses_exp import model_check
     from ulysses_exp.config import device_of
     from ulysses_exp.launch.local import warm_up
 
+    model_check.close()
     if config.launch.name == "local":
         warm_up(device_of(config))  # the ranks' imports run beside ours
     from ulysses_exp import job
@@ -253,31 +315,3 @@ def _launch(config: Config, folder: Path, hydra_config: Any, headline: str | Non
         return job.run(config, folder, group=group, ranks=ranks, console=console, headline=headline)
     finally:
         ranks.close()
-
-
-def _user_message(error: Exception) -> str | None:
-    """One or two lines for a mistake of the user's: the key, what is wrong, what to set. None for a mistake of ours."""
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
-
-    from ulysses_exp.config import ConfigError, known_keys, nearest
-
-    if isinstance(error, ConfigError):
-        return str(error)
-    if not isinstance(error, (HydraException, OmegaConfBaseException)):
-        return None
-    cause: BaseException = error
-    while cause.__cause__ is not None:
-        cause = cause.__cause__
-    text = str(error)
-    if match := re.search(r"Could not override '([^']+)'|Key '([^']+)' is not in struct", text):
-        key = match[1] or getattr(cause, "full_key", None) or match[2]
-        return f"{key}: unknown key; {nearest(key, sorted(known_keys()))}"
-    if match := re.search(r"In '[^']*': Could not find '([^']+)/([^']+)'", text):
-        choices = sorted(p.stem for p in (CONF / match[1]).glob("*.yaml"))
-        return f"{match[1]}: {match[2]!r} is not a choice; {nearest(match[2], choices)}"
-    key = getattr(cause, "full_key", None)
-    first = str(cause).splitlines()[0]
-    if key:
-        return f"{key}: {first}; see python run.py --help"
-    return " ".join(text.split("\n")[:2])

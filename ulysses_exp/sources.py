@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import os
 from pathlib import Path
 from typing import Any
@@ -10,21 +9,37 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from ulysses_exp.config import Config
+from ulysses_exp.paths import matching
 
 #: What a checkpoint was trained as. A job that starts from it runs with the same, except for what its user overrides.
 INHERITED = ("model", "sp", "dp", "zero", "data", "memory", "train", "optim", "seed")
+
+_DEPTH, _MOST_FOLDERS = 6, 50_000  # how far below a folder runs are looked for: outputs/sweeps/<name>/<job> is 3
 
 
 def run_folders(source: str) -> list[Path]:
     """The run folders that `source` names: a run folder, a checkpoint in one, a sweep folder, or a glob of these."""
     found: list[Path] = []
-    for match in sorted(glob.glob(os.path.expanduser(source))):
+    for match in matching(source):
         path = Path(match)
         if (path / ".hydra").is_dir() or (path / "manifest.json").exists():
             found.append(path)
         else:
-            found += sorted(p.parent for p in path.glob("**/.hydra") if (p.parent / "checkpoints" / "latest").exists())
+            found += _trained_below(path)
     return found
+
+
+def _trained_below(folder: Path) -> list[Path]:
+    """Run folders with a checkpoint below `folder`, which may be anything: it is not followed to its ends."""
+    found = []
+    for seen, (place, inside, _) in enumerate(os.walk(folder)):
+        if ".hydra" in inside:
+            if os.path.exists(os.path.join(place, "checkpoints", "latest")):
+                found.append(Path(place))
+            inside.clear()
+        elif seen > _MOST_FOLDERS or place.count(os.sep) - str(folder).count(os.sep) >= _DEPTH:
+            inside.clear()
+    return sorted(found)
 
 
 def newest_manifests(source: str) -> list[Path]:
