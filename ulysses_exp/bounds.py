@@ -6,10 +6,10 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 from ulysses_exp.config import Config, ConfigError
-from ulysses_exp.layout import Layout
 
 #: Characters that end a line, move a cursor, or cannot be written to a file
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
@@ -27,6 +27,7 @@ _NAMES = {
     "launch.name": 100,
     "sweep.name": 100,
     "tracker.project": 128,  # W&B's own limit
+    "tracker.entity": 128,
 }
 
 
@@ -88,24 +89,26 @@ BOUNDS = {
     "seed": Bounds(0, 2**63 - 1),
 }
 
-MOST_RANKS = 2**20
+MOST_RANKS = 2**20  # more than anything here counts in a list
 
 LEAST_TOKENS = 20  # of a text: a tenth of it is held out, and a token is predicted from one before
 
 
-def leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of every value of a typed configuration; lists and dicts count as one value."""
+def leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(dotted key, value, type) of every value of a typed configuration; lists and dicts count as one value."""
+    kinds = get_type_hints(type(node))
     for f in fields(node):
         value = getattr(node, f.name)
         if is_dataclass(value):
             yield from leaves(value, f"{prefix}{f.name}.")
         else:
-            yield prefix + f.name, value
+            yield prefix + f.name, value, kinds[f.name]
 
 
 def check(config: Config) -> None:
     """Raises ConfigError for the first value of the typed `config` that its key does not take."""
-    for key, value in leaves(config):
+    for key, value, kind in leaves(config):
+        _check_kind(key, value, kind)
         if isinstance(value, bool) or value is None:
             continue
         if isinstance(value, (int, float)):
@@ -114,9 +117,21 @@ def check(config: Config) -> None:
             check_text(key, value)
         elif isinstance(value, list):
             for entry in value:
-                if isinstance(entry, str):
-                    check_text(key, entry, 64)  # W&B's limit for a tag
-    check_layout(config.layout, "sp.size")
+                if not isinstance(entry, str):
+                    raise ConfigError(key, f"{str(entry)[:60]!r} is no text", "set a list of texts")
+                check_text(key, entry, 64)  # W&B's limit for a tag
+    if config.sp.size * config.dp.size > MOST_RANKS:
+        problem = f"sp {config.sp.size} x dp {config.dp.size} are too many ranks"
+        raise ConfigError("dp.size", problem, f"set at most {MOST_RANKS} in all")
+
+
+def _check_kind(key: str, value: Any, kind: Any) -> None:
+    """Raises ConfigError where an interpolation brought a value of another type, which OmegaConf does not look at."""
+    allowed = get_args(kind) if isinstance(kind, UnionType) else (kind,)
+    plain = tuple(get_origin(k) or k for k in allowed)
+    fits = isinstance(value, plain) or (isinstance(value, int) and float in plain)
+    if not fits or (isinstance(value, bool) and bool not in plain):
+        raise ConfigError(key, f"{str(value)[:60]!r} is of another type", "write a value of its own")
 
 
 def check_number(key: str, value: float) -> None:
@@ -144,12 +159,6 @@ def check_text(key: str, value: str, most: int = LONGEST_TEXT) -> None:
         raise ConfigError(key, problem, "use letters, digits, dots, dashes and underscores")
 
 
-def check_layout(layout: Layout, key: str) -> None:
-    """Raises ConfigError for more ranks than anything here counts."""
-    if layout.world > MOST_RANKS:
-        raise ConfigError(key, f"sp {layout.sp} x dp {layout.dp} is {layout.world} ranks", f"set at most {MOST_RANKS}")
-
-
 def _allowed(key: str) -> str:
     bounds = BOUNDS.get(key)
     if bounds is None:
@@ -162,4 +171,4 @@ def _allowed(key: str) -> str:
 
 def _short(value: float) -> str:
     """As it was typed, but for a whole number of which nobody reads the digits."""
-    return str(value) if abs(value) < 1e40 else f"a number beyond {math.copysign(1e40, value):.0e}"
+    return str(value) if abs(value) < 10**40 or math.isinf(value) else f"a number beyond {'-' if value < 0 else ''}1e40"

@@ -75,17 +75,17 @@ def impossible(
 def _tellable(parsed: Sequence[Any]) -> bool:
     keys = [o.key_or_group for o in parsed]
     for override in parsed:
-        key, value = override.key_or_group, override.get_value_element_as_str()
+        key = override.key_or_group
         if key.startswith(("hydra.", "hydra/")) and not key.startswith(_HARMLESS):
             return False
-        if key == "checkpoint.source" or "${" in value or (override.is_sweep_override() and not _discrete(override)):
+        if (
+            key == "checkpoint.source"
+            or "${" in override.input_line
+            or (override.is_sweep_override() and not _discrete(override))
+        ):
             return False
     nested = (a for a in keys for b in keys if a != b and a.startswith(f"{b}.") and "." in b)
     return next(nested, None) is None
-
-
-def _discrete(override: Any) -> bool:
-    return bool(override.is_discrete_sweep())
 
 
 def _in_place(key: str) -> bool:

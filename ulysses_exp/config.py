@@ -449,14 +449,14 @@ def check_layout(config: Config, layout: Layout, key: str) -> None:
 
 def check(config: Config) -> None:
     """Raises ConfigError for the first rule that the configuration breaks. Touches no accelerator, starts nothing."""
+    from ulysses_exp import bounds, model_rules
+
     c = config
+    bounds.check(c)
     for stage in c.stages:
         _choice("stages", stage, STAGES)
     if len(set(c.stages)) != len(c.stages) or not c.stages:
         raise ConfigError("stages", "needs each stage once" if c.stages else "is empty", "set e.g. stages=[train,eval]")
-    from ulysses_exp import bounds, model_rules
-
-    bounds.check(c)
     if c.zero.offload_optimizer and c.zero.stage == 0:
         raise ConfigError("zero.offload_optimizer", "stage 0 shards no optimizer states", "set zero.stage to 1, 2 or 3")
     if c.zero.offload_parameters and c.zero.stage != 3:
@@ -550,7 +550,9 @@ def check(config: Config) -> None:
             )
     if c.checkpoint.source is not None and not matching(c.checkpoint.source):
         raise ConfigError(
-            "checkpoint.source", f"{c.checkpoint.source} does not exist", "set a run folder, e.g. outputs/..."
+            "checkpoint.source",
+            f"{c.checkpoint.source!r} does not exist",
+            "set a run folder, e.g. outputs/...",
         )
     if "train" in c.stages and {"eval", "reload"} & set(c.stages[: c.stages.index("train")]):
         raise ConfigError("stages", "eval and reload come before train", "set stages=[train,eval,reload]")

@@ -65,17 +65,21 @@ def _check_built(config: Config) -> None:
         )
         key = model_rules.key_of(config, "model_type")
         raise ConfigError(key, f"{str(wrong)[:60]!r} is no model of this version of transformers", instead)
-    for key, known in built.get("unknown", ()):
-        raise ConfigError(f"model.architecture.{key}", f"unknown key of {kind}", _nearest_key(key, known))
-    if "error" in built:
-        raise _not_built(config, built["error"])
-    text, names = built["text"], built["names"]
-    if not built["causal_lm"]:
+    if not built.get("causal_lm", True):
         problem = f"{kind} is no causal LM for transformers"
         key = "model.name_or_path" if model.name_or_path else "model.architecture.model_type"
         raise ConfigError(key, problem, "set one that AutoModelForCausalLM takes, e.g. llama")
-    model_rules.check_sizes(config, text, names)
+    if built.get("unknown"):
+        model_rules.check_causal(config, built["defaults"] | model.architecture, built["masked_lm"])
+    for key, known in built.get("unknown", ()):
+        instead = f"leave it out: ~model.architecture.{key}" if key in (_shipped(model.name) or ()) else ""
+        problem = f"unknown key of {kind}"
+        raise ConfigError(f"model.architecture.{key}", problem, instead or _nearest_key(key, known))
+    if "error" in built:
+        raise _not_built(config, built["error"])
+    text, names = built["text"], built["names"]
     model_rules.check_causal(config, text | built["whole"], built["masked_lm"])
+    model_rules.check_sizes(config, text, names)
     check_objective(config, text)
     model_rules.check_rope(config, text)
     _check_names(config, built)
@@ -90,7 +94,8 @@ def _nearest_key(key: str, known: list[str]) -> str:
 
 def _not_built(config: Config, reason: str) -> ConfigError:
     model = config.model
-    named = [key for key in model.architecture if f"'{key}'" in reason or f"`{key}`" in reason]
+    said = reason.lower().replace(" ", "_")
+    named = [key for key in model.architecture if key.lower() in said]
     if named:
         return ConfigError(f"model.architecture.{named[0]}", reason, "set another value")
     if model.name_or_path is not None:
@@ -123,15 +128,16 @@ def _check_names(config: Config, built: dict[str, Any]) -> None:
 
 
 def _check_sharding(config: Config, text: dict[str, Any], kind: str) -> None:
+    if "num_attention_heads" not in text:
+        key = "model.name_or_path" if config.model.name_or_path else "model.architecture.model_type"
+        raise ConfigError(key, f"{kind} has no attention for sp.attention to run", "set a model that has, e.g. llama")
     layouts = {"sp.size": config.layout}
     if "reload" in config.stages:
         layouts |= {"reload.layouts": max(map(Layout.parse, config.reload.layouts or ()), default=config.layout)}
     for key, layout in layouts.items():
         if layout.sp == 1:
             continue
-        why = model_rules.why_not_sharded(
-            kind, text.get("layer_types"), "num_attention_heads" in text, text.get("num_key_value_heads")
-        )
+        why = model_rules.why_not_sharded(kind, text.get("layer_types"), text.get("num_key_value_heads"))
         if why is not None:
             raise ConfigError(key, why, "set sp.size=1" if key == "sp.size" else "name layouts with sp1 only")
 

@@ -39,10 +39,10 @@ def read_model(path: str | None, given: dict[str, Any]) -> dict[str, Any]:
     """Builds the configuration that `models.pretrained_config` will build.
 
     Returns:
-        `error` where that cannot be; `unknown_type` where transformers does not know it; else `text`, the settings of
-        the part that reads text; `names`, what those are called that have a common name, too; `whole`, the settings
-        of all of the model; `unknown`, keys of `given` that nothing reads; `causal_lm` and `masked_lm`, whether
-        transformers has such a model of this type.
+        `error` where that cannot be; `unknown_type` where transformers does not know it; else `causal_lm` and
+        `masked_lm`, whether transformers has such a model of this type; `unknown`, keys of `given` that nothing reads;
+        `defaults` of the type; and, where these do not end it: `text`, the settings of the part that reads text;
+        `names`, what those are called that have a common name, too; `whole`, the settings of all of the model.
     """
     from transformers import AutoConfig, PreTrainedConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
@@ -59,9 +59,17 @@ def read_model(path: str | None, given: dict[str, Any]) -> dict[str, Any]:
     kind = given.get("model_type", base.get("model_type"))
     if kind is not None and kind not in CONFIG_MAPPING_NAMES:
         return {"unknown_type": kind, "types": sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)}
-    unknown = _unknown(CONFIG_MAPPING[kind], given) if kind is not None else []
-    if unknown:
-        return {"unknown": unknown, "type": kind}
+    of_type: dict[str, Any] = {}
+    if kind is not None:
+        of_type = {
+            "type": kind,
+            "causal_lm": kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+            "masked_lm": kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+            "defaults": CONFIG_MAPPING[kind]().to_dict(),
+            "unknown": _unknown(CONFIG_MAPPING[kind], given),
+        }
+        if of_type["unknown"] or not of_type["causal_lm"]:
+            return of_type
     if path is None:
         arguments = dict(given)
         config = AutoConfig.for_model(arguments.pop("model_type"), **arguments)
@@ -71,6 +79,7 @@ def read_model(path: str | None, given: dict[str, Any]) -> dict[str, Any]:
     settings, names = text.to_dict(), dict(type(text).attribute_map)
     settings |= {common: settings[real] for common, real in names.items() if real in settings}
     return {
+        **of_type,
         "type": config.model_type,
         "whole": config.to_dict(),
         "text": settings,

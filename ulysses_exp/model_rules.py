@@ -162,17 +162,14 @@ def check_causal(config: Config, known: Mapping[str, Any], fills_gaps: bool) -> 
         raise ConfigError(key_of(config, name), "a token would see those after it", "leave it out")
 
 
-def why_not_sharded(name: str, layer_types: Any, has_heads: bool, kv_heads: Any) -> str | None:
+def why_not_sharded(name: str, layer_types: Any, kv_heads: Any) -> str | None:
     """Why the sequences of a model cannot be shared out over ranks; None where they can.
 
     Args:
         name: of the model, for the reason.
         layer_types: as configured, None where all are alike.
-        has_heads: whether the configuration knows attention heads.
         kv_heads: `num_key_value_heads`, None where there is none.
     """
-    if not has_heads:
-        return f"{name} has no attention, which is what Ulysses shards"
     strange = set(layer_types or ()) - _SHARDED_LAYERS
     if strange:
         return f"{name} has layers of type {', '.join(sorted(strange))}, which Ulysses does not shard"

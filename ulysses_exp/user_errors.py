@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 import shlex
 from collections.abc import Iterable
@@ -36,6 +37,11 @@ def user_message(error: BaseException, conf: Path, overrides: Iterable[str] = ()
         return _short(str(error))
     if isinstance(error, OverrideParseException):
         return _short(str(unreadable(error.override, str(error))))
+    if isinstance(error, ValueError) and "Exceeds the limit" in str(error):
+        key = next((o.partition("=")[0] for o in overrides if re.search(r"\d{4000}", o)), "command line")
+        return f"{key}: a number of thousands of digits; set one that can be read"
+    if isinstance(error, ValueError) and "Config group override" in str(error):
+        return "command line: a group takes the name of a choice; python run.py --help lists them"
     if not isinstance(error, (HydraException, OmegaConfBaseException)):
         return None
     return _short(_of_hydra(error, conf))
@@ -65,15 +71,18 @@ def _of_omegaconf(key: str, said: str) -> str:
     if match := re.match(r"Value '(.*)' of type '\w+' could not be converted to (\w+)", said, re.DOTALL):
         wanted = _KINDS.get(match[2], f"of type {match[2]}")
         return f"{match[1][:60]!r} is not {wanted}; set {example(key)}"
+    if name := _named(key):
+        return f"is a group and takes no such value; set its keys: {name}"
     if "is not Optional" in said:
         return f"null is no value of it; set {example(key)}"
     if "not a ListConfig, list or tuple" in said or "DictConfig with ListConfig" in said:
         return f"is a list; set {example(key)}"
     if re.search(r"Cannot convert '(list|dict)' to string", said):
         return f"is a text, no list or mapping; set {example(key)}"
-    if "is not a subclass of" in said or "ListConfig" in said or said.startswith("Cannot assign"):
-        name = _named(key)
-        return f"takes no value of its own; set its keys: {name}" if name else f"{said[:100]}; set {example(key)}"
+    if said.startswith("Cannot assign"):
+        return f"takes a mapping; set {example(key)}"
+    if re.search(r"NoneType is not a subclass", said):
+        return f"null is no value of it; set {example(key)}"
     if "does not support deletion" in said:
         return f"every job has it; leave ~{key} out, or set {example(key)}"
     if match := re.match(r'.*"Environment variable \'(.+)\' not found"', said):
@@ -104,6 +113,8 @@ def example(key: str) -> str:
     if isinstance(node, (int, float)) or (isinstance(node, str) and re.fullmatch(r"[\w.-]+", node)):
         return f"{plain}={node}"
     inside = get_args(kind)
+    if isinstance(node, dict):
+        return f"+{plain}.<name>=<value>"
     kinds: dict[Any, str] = {int: "1", float: "0.1", list[str]: "[...]"}
     return f"{plain}={next((kinds[k] for k in (*inside, kind) if k in kinds), '...')}"
 
@@ -127,28 +138,32 @@ def groups(conf: Path) -> set[str]:
 
 
 def _choices(group: str, wrong: str, conf: Path) -> str:
-    return nearest(wrong, sorted(path.stem for path in (conf / group).glob("*.yaml")))
+    known = sorted(path.stem for path in (conf / group).glob("*.yaml"))
+    if difflib.get_close_matches(wrong, known, 1, 0.5):
+        return nearest(wrong, known)
+    return f"choose from {', '.join(known[:12])}{', ...' if len(known) > 12 else ''}"
 
 
 def check_groups(overrides: Iterable[Any], conf: Path) -> None:
     """Raises ConfigError for a group that is given anything but one choice of its own; `overrides` are parsed."""
-    own = groups(conf)
+    own, known = groups(conf), set(known_keys())
     for override in overrides:
         key = override.key_or_group
         if not key:
             raise ConfigError(repr(override.input_line), "names no key", "write key=value, e.g. train.steps=20")
+        if override.is_delete() and (key in own or key in known):
+            raise ConfigError(f"~{key}", "every job has it", f"leave it out, or set {key}=...")
         if key not in own or override.is_sweep_override():
             continue
         value = override.value()
-        if override.is_delete():
-            raise ConfigError(f"~{key}", "every job has one", f"set {key} to one: {_choices(key, '', conf)[:150]}")
         if value is None and key == "experiment":
             continue
         if isinstance(value, dict):
             continue  # merged into the group's keys, each of which is checked
         if not isinstance(value, str) or not re.fullmatch(r"[\w.-]+", value) or value.strip(".") == "":
             shown = override.get_value_element_as_str()[:60]
-            raise ConfigError(key, f"{shown!r} is not a choice", _choices(key, shown, conf)[:180])
+            problem = f"{shown!r} is {'several, and one is' if isinstance(value, list) else 'not'} a choice"
+            raise ConfigError(key, problem, _choices(key, shown, conf))
 
 
 def unreadable(override: str, said: str = "") -> ConfigError:

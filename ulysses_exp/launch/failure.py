@@ -8,6 +8,8 @@ import time
 import traceback
 from pathlib import Path
 
+from ulysses_exp.config import ConfigError
+
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "std::bad_alloc")
 
 
@@ -16,10 +18,14 @@ def _says_out_of_memory(text: str) -> bool:
 
 
 class RankFailure(Exception):
-    """`str()` is for the user: the rank, what it said. `trace` is for the log."""
+    """`str()` is for the user: the rank, what it said. `trace` is for the log.
 
-    def __init__(self, rank: int, message: str, trace: str = ""):
-        super().__init__(f"rank {rank}: {message}")
+    Args:
+        everywhere: what it said is no matter of this rank alone, as that of a wrong configuration.
+    """
+
+    def __init__(self, rank: int, message: str, trace: str = "", everywhere: bool = False):
+        super().__init__(message if everywhere else f"rank {rank}: {message}")
         self.rank, self.message, self.trace = rank, message, trace
 
     @property
@@ -32,10 +38,12 @@ def record(folder: Path, rank: int, error: BaseException) -> None:
     """Leaves `error` of `rank` where the parent finds it. The time tells the first failure from those it caused."""
     text = str(error)
     oom = isinstance(error, MemoryError) or _says_out_of_memory(text)
-    message = f"{type(error).__name__}: {text}" if text else type(error).__name__
+    everywhere = isinstance(error, ConfigError)
+    message = text if everywhere else f"{type(error).__name__}: {text}" if text else type(error).__name__
     entry = {
         "time": time.time(),
         "message": f"out of memory ({message})" if oom else message,
+        "everywhere": everywhere,
         "trace": "".join(traceback.format_exception(error)),
     }
     (folder / f"error-rank{rank}.json").write_text(json.dumps(entry))
@@ -60,6 +68,7 @@ def first_failure(folder: Path, exitcodes: dict[int, int | None]) -> RankFailure
     if errors:
         _, rank, entry = min(errors, key=lambda e: e[:2])
         lines = entry["message"].splitlines()
-        return RankFailure(rank, next((line for line in lines if line.strip()), "no message"), entry["trace"])
+        first = next((line for line in lines if line.strip()), "no message")
+        return RankFailure(rank, first, entry["trace"], entry.get("everywhere", False))
     rank, code = next(((r, c) for r, c in exitcodes.items() if c), (0, None))
     return RankFailure(rank, f"ended with exit code {code} and no message")
