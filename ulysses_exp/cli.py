@@ -101,15 +101,17 @@ def _leave_out_the_impossible(jobs: list[str], axes: Collection[str], sweep: Swe
     lost = combinations.impossible(jobs, lambda overrides: _composed(overrides)[0], check)
     if lost is None:
         return None
+    every = combinations.jobs_of(jobs)
     folder = _sweep_folder(jobs) if lost else Path()
     for job in lost:
         name = job_name(job.overrides, job.number, axes)
-        leave_skipped(folder / name, job.config, str(job.error))
+        if len(lost) < len(every):  # a sweep of which nothing can run leaves nothing
+            leave_skipped(folder / name, job.config, str(job.error))
         sweep.add("skipped", name, str(job.error), ran=False)
     for reason in combinations.reasons(lost):
         print(reason, flush=True)
     numbers = {job.number for job in lost}
-    return [job for number, job in enumerate(combinations.jobs_of(jobs)) if number not in numbers]
+    return [job for number, job in enumerate(every) if number not in numbers]
 
 
 def _register_resolvers(axes: Collection[str]) -> None:
@@ -168,10 +170,10 @@ def _swept(overrides: list[str]) -> list[Any]:
     """Those of `overrides`, parsed, that give more than one value."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
-    from ulysses_exp.user_errors import check_groups
+    from ulysses_exp.user_errors import check_overrides
 
     parsed = OverridesParser.create().parse_overrides(overrides)
-    check_groups(parsed, CONF)
+    check_overrides(parsed, CONF)
     return [override for override in parsed if override.is_sweep_override()]
 
 

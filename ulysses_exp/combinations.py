@@ -78,11 +78,9 @@ def _tellable(parsed: Sequence[Any]) -> bool:
         key = override.key_or_group
         if key.startswith(("hydra.", "hydra/")) and not key.startswith(_HARMLESS):
             return False
-        if (
-            key == "checkpoint.source"
-            or "${" in override.input_line
-            or (override.is_sweep_override() and not _discrete(override))
-        ):
+        if key == "checkpoint.source" or "${" in override.input_line:
+            return False
+        if override.is_sweep_override() and not override.is_discrete_sweep():
             return False
     nested = (a for a in keys for b in keys if a != b and a.startswith(f"{b}.") and "." in b)
     return next(nested, None) is None
@@ -202,7 +200,7 @@ def reasons(jobs: Sequence[Impossible]) -> list[str]:
     by_reason: dict[tuple[str, str], list[Impossible]] = {}
     for job in jobs:
         key, problem, _ = job.error.args
-        by_reason.setdefault((key, re.sub(r"\d+", "#", problem)), []).append(job)
+        by_reason.setdefault((key, re.sub(r"-?\d[\d.e+]*", "#", problem)), []).append(job)
     for (key, _), alike in sorted(by_reason.items(), key=lambda entry: -len(entry[1])):
         line = f"skipped {len(alike)} {'job' if len(alike) == 1 else 'jobs'}: {alike[0].error}"
         values = list(dict.fromkeys(o for job in alike for o in job.overrides if _key(o).lstrip("+~") == key))

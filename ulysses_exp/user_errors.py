@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
+from ulysses_exp.bounds import leaves
 from ulysses_exp.config import Config, ConfigError, known_keys, nearest
 
 #: OmegaConf's types as a user calls them
@@ -144,11 +145,21 @@ def _choices(group: str, wrong: str, conf: Path) -> str:
     return f"choose from {', '.join(known[:12])}{', ...' if len(known) > 12 else ''}"
 
 
-def check_groups(overrides: Iterable[Any], conf: Path) -> None:
-    """Raises ConfigError for a group that is given anything but one choice of its own; `overrides` are parsed."""
+def check_overrides(overrides: Iterable[Any], conf: Path) -> None:
+    """Raises ConfigError for what Hydra and OmegaConf would take as something else than was typed.
+
+    That is a group that gets anything but one choice of its own, the end of a key that every job has, a number for
+    true, and a text that reads as a number of another spelling.
+
+    Args:
+        overrides: parsed.
+    """
     own, known = groups(conf), set(known_keys())
+    kinds = {key: kind for key, _, kind in leaves(Config())}
     for override in overrides:
         key = override.key_or_group
+        if key in kinds and not override.is_delete() and not override.is_sweep_override():
+            _check_spelling(key, kinds[key], override.value(), override.input_line.partition("=")[2].strip())
         if not key:
             raise ConfigError(repr(override.input_line), "names no key", "write key=value, e.g. train.steps=20")
         if override.is_delete() and (key in own or key in known):
@@ -164,6 +175,15 @@ def check_groups(overrides: Iterable[Any], conf: Path) -> None:
             shown = override.get_value_element_as_str()[:60]
             problem = f"{shown!r} is {'several, and one is' if isinstance(value, list) else 'not'} a choice"
             raise ConfigError(key, problem, _choices(key, shown, conf))
+
+
+def _check_spelling(key: str, kind: Any, value: Any, typed: str) -> None:
+    """Raises ConfigError where OmegaConf would convert `value`, read from `typed`, to something that is not `typed`."""
+    if kind is bool and isinstance(value, (int, float)) and not isinstance(value, bool) and value not in (0, 1):
+        raise ConfigError(key, f"{typed[:60]!r} is not true or false", f"set {example(key)}")
+    is_text = kind is str or str in get_args(kind)
+    if is_text and isinstance(value, (bool, int, float)) and str(value) != typed:
+        raise ConfigError(key, f"{typed[:60]!r} would be read as {str(value)[:60]}", f"write {_quoted(key, typed)}")
 
 
 def unreadable(override: str, said: str = "") -> ConfigError:
