@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     from ulysses_exp.config import Config
@@ -32,21 +32,27 @@ def main() -> None:
 
 def _command() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach us as exceptions; we say them in a line
-    from hydra._internal.utils import get_args_parser
+    from ulysses_exp import command_line
 
-    began, typed = time.time(), sys.argv[1:]
-    arguments = get_args_parser().parse_args()
+    began = time.time()
+    try:
+        arguments = command_line.parse(sys.argv[1:])
+    except Exception as error:
+        _refuse(error, [])
+    sys.argv[1:] = command_line.in_order(sys.argv[1:], arguments)
+    typed, given = sys.argv[1:], list(arguments.overrides)
     if "launch=attached" in arguments.overrides:
         leave_to_rank_0(arguments.overrides)
     asks = arguments.help or arguments.hydra_help or arguments.cfg or arguments.info or arguments.shell_completion
-    from ulysses_exp import output_trouble, run_folder
+    from ulysses_exp import combinations, output_trouble, run_folder
     from ulysses_exp.interruption import continue_command
     from ulysses_exp.launch.stopping import requests
-    from ulysses_exp.redaction import check_overrides, redacted
+    from ulysses_exp.redaction import check_overrides
     from ulysses_exp.sweep import Sweep
 
     sweep = Sweep()
     axes: set[str] = set()
+    possible: list[list[str]] | None = None  # the jobs of a sweep that can run, where that is known
     try:
         _register_resolvers(axes)
         if not asks:
@@ -58,8 +64,13 @@ def _command() -> None:
                 arguments.multirun, arguments.overrides = True, jobs
                 sweep.total = _jobs(jobs)
                 axes.update(override.key_or_group for override in _swept(jobs))
+                possible = _leave_out_the_impossible(jobs, axes, sweep)
         with requests.heeded():
-            _hydra(sweep)
+            if possible is None:
+                _hydra(sweep)
+            elif possible:
+                with combinations.only(possible):
+                    _hydra(sweep)
     except KeyboardInterrupt as stop:
         if arguments.multirun:
             print(sweep.summary())
@@ -74,13 +85,9 @@ def _command() -> None:
         if isinstance(error, OSError) and output_trouble.of_the_place(error):
             print(output_trouble.said(error), file=sys.stderr)
             sys.exit(1)
-        message = _user_message(error)
-        if message is None:
-            raise
-        print(redacted(message), file=sys.stderr)
-        sys.exit(2)
+        _refuse(error, given)
     if arguments.multirun:
-        if not sweep.outcomes:  # another launcher than Hydra's own had them run elsewhere
+        if possible != [] and set(sweep.outcomes) <= {"skipped"}:  # another launcher had them run elsewhere
             sweep.read(_sweep_folder(arguments.overrides), began)
         print(sweep.summary())
     sys.exit(sweep.exit_code())
@@ -100,6 +107,47 @@ def leave_to_rank_0(overrides: list[str]) -> None:
         from ulysses_exp.launch.attached import serve
 
         sys.exit(serve(overrides, lambda: _own_configuration(overrides)))
+
+
+def _refuse(error: Exception, overrides: list[str]) -> NoReturn:
+    """Ends with a line or two for a mistake of the user's; raises `error` again where it is one of ours."""
+    from ulysses_exp.redaction import redacted
+    from ulysses_exp.user_errors import user_message
+
+    message = user_message(error, CONF, overrides)
+    if message is None:
+        raise error
+    print(redacted(message), file=sys.stderr)
+    sys.exit(2)
+
+
+def _leave_out_the_impossible(jobs: list[str], axes: Collection[str], sweep: Sweep) -> list[list[str]] | None:
+    """Records the jobs of a sweep that cannot run, and says why; returns those that can, None where that is not known.
+
+    Raises:
+        ConfigError: a value is of no type that its key takes.
+    """
+    from ulysses_exp import before_start, combinations, config, hydra_job
+    from ulysses_exp.sweep import job_name
+
+    def check(of_job: Config) -> None:
+        config.check(of_job)
+        before_start.check(of_job)
+
+    lost = combinations.impossible(jobs, lambda overrides: _composed(overrides)[0], check)
+    if lost is None:
+        return None
+    every = combinations.jobs_of(jobs)
+    folder = _sweep_folder(jobs) if lost else Path()
+    for job in lost:
+        name = job_name(job.overrides, job.number, axes)
+        if len(lost) < len(every):  # a sweep of which nothing can run leaves nothing
+            hydra_job.skip(job.config, folder / name, str(job.error))
+        sweep.add("skipped", name, str(job.error), ran=False)
+    for reason in combinations.reasons(lost):
+        print(reason, flush=True)
+    numbers = {job.number for job in lost}
+    return [job for number, job in enumerate(every) if number not in numbers]
 
 
 def _register_resolvers(axes: Collection[str]) -> None:
@@ -180,7 +228,11 @@ def _swept(overrides: list[str]) -> list[Any]:
     """Those of `overrides`, parsed, that give more than one value."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
-    return [o for o in OverridesParser.create().parse_overrides(overrides) if o.is_sweep_override()]
+    from ulysses_exp.user_errors import check_overrides
+
+    parsed = OverridesParser.create().parse_overrides(overrides)
+    check_overrides(parsed, CONF)
+    return [override for override in parsed if override.is_sweep_override()]
 
 
 def _names_its_sweep(overrides: list[str]) -> bool:
@@ -195,32 +247,42 @@ def _compose(overrides: list[str], check: bool) -> tuple[dict[str, str], Config 
     Returns:
         The axes of a study that is a sweep, the configuration where it was checked, and Hydra's own settings.
     """
-    from hydra import compose, initialize_config_dir
     from hydra.types import RunMode
+
+    from ulysses_exp import before_start, config, sources
+
+    cfg, of_hydra = _composed(overrides)
+    checked = None
+    if check:
+        checked = config.resolve(sources.inherit(cfg, overrides))
+        before_start.check(checked)
+        _name_run(f"{checked.model.name}-{checked.layout.name}")
+    axes = dict(of_hydra.sweeper.params or {}) if of_hydra.mode == RunMode.MULTIRUN else {}
+    return axes, checked, of_hydra
+
+
+def _composed(overrides: list[str]) -> tuple[Any, Any]:
+    """The configuration of a job, and Hydra's own part of it."""
+    from hydra import compose, initialize_config_dir
     from omegaconf import open_dict
 
-    from ulysses_exp import config, sources
+    from ulysses_exp import config  # noqa: F401  registers the schema
 
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose("config", overrides, return_hydra_config=True)
     of_hydra = cfg.hydra
     with open_dict(cfg):
         del cfg["hydra"]
-    checked = None
-    if check:
-        checked = config.resolve(sources.inherit(cfg, overrides))
-        _name_run(f"{checked.model.name}-{checked.layout.name}")
-    axes = dict(of_hydra.sweeper.params or {}) if of_hydra.mode == RunMode.MULTIRUN else {}
-    return axes, checked, of_hydra
+    return cfg, of_hydra
 
 
 def _jobs(overrides: list[str]) -> int:
     """How many jobs a sweep has: those of the grid, or as many as a sweeper that searches will ask for."""
-    from ulysses_exp.sweep import jobs_of
+    from ulysses_exp.combinations import jobs_of
 
     if any(override.startswith("hydra/sweeper=") for override in overrides):
         return int(_hydra_settings(overrides).sweeper.n_trials)
-    return jobs_of(overrides)
+    return len(jobs_of(overrides))
 
 
 def _sweep_folder(overrides: list[str]) -> Path:
@@ -285,9 +347,10 @@ def _run_job(cfg: Any, sweep: Sweep) -> float | None:
     """One job of Hydra's, in its folder. Returns what a search is to optimize."""
     from hydra.core.hydra_config import HydraConfig
     from rich.console import Console
+    from rich.markup import escape
 
+    from ulysses_exp import before_start, hydra_job, output_trouble, run_folder, sources
     from ulysses_exp import config as schema
-    from ulysses_exp import hydra_job, output_trouble, run_folder, sources
     from ulysses_exp import sweep as sweeps
 
     hydra_config = HydraConfig.get()
@@ -298,12 +361,13 @@ def _run_job(cfg: Any, sweep: Sweep) -> float | None:
     try:
         cfg = sources.inherit(cfg, list(hydra_config.overrides.task))
         config = schema.resolve(cfg)
+        before_start.check(config)
     except schema.ConfigError as error:
         if not multirun:
             raise
         hydra_job.skip(cfg, folder, str(error))
         sweep.add("skipped", name, str(error), ran=False)
-        console.print(f"[yellow]skipped[/] {name}: {error}", highlight=False, soft_wrap=True)
+        console.print(f"[yellow]skipped[/] {escape(name)}: {escape(str(error))}", highlight=False, soft_wrap=True)
         return None
     if multirun and sweeps.finished(config, folder):
         return hydra_job.done(config, folder, sweep, console)
@@ -314,7 +378,7 @@ def _run_job(cfg: Any, sweep: Sweep) -> float | None:
         if not multirun:
             raise
         sweep.add("failed", name, str(error), ran=False)
-        console.print(f"[red]failed[/] {name}: {error}", highlight=False, soft_wrap=True)
+        console.print(f"[red]failed[/] {escape(name)}: {escape(str(error))}", highlight=False, soft_wrap=True)
         return None
     try:
         headline = sweep.headline() if multirun else None
@@ -323,35 +387,8 @@ def _run_job(cfg: Any, sweep: Sweep) -> float | None:
         if not output_trouble.of_the_place(error):
             raise
         sweep.add("failed", name, output_trouble.said(error, folder))
-        console.print(f"[red]failed[/] {name}: {output_trouble.said(error, folder)}", highlight=False, soft_wrap=True)
+        said = escape(f"{name}: {output_trouble.said(error, folder)}")
+        console.print(f"[red]failed[/] {said}", highlight=False, soft_wrap=True)
         return None
     finally:
         run_folder.release(folder)
-
-
-def _user_message(error: Exception) -> str | None:
-    """One or two lines for a mistake of the user's: the key, what is wrong, what to set. None for a mistake of ours."""
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
-
-    from ulysses_exp.config import ConfigError, known_keys, nearest
-
-    if isinstance(error, ConfigError):
-        return str(error)
-    if not isinstance(error, (HydraException, OmegaConfBaseException)):
-        return None
-    cause: BaseException = error
-    while cause.__cause__ is not None:
-        cause = cause.__cause__
-    text = str(error)
-    if match := re.search(r"Could not override '([^']+)'|Key '([^']+)' is not in struct", text):
-        key = match[1] or getattr(cause, "full_key", None) or match[2]
-        return f"{key}: unknown key; {nearest(key, sorted(known_keys()))}"
-    if match := re.search(r"In '[^']*': Could not find '([^']+)/([^']+)'", text):
-        choices = sorted(p.stem for p in (CONF / match[1]).glob("*.yaml"))
-        return f"{match[1]}: {match[2]!r} is not a choice; {nearest(match[2], choices)}"
-    key = getattr(cause, "full_key", None)
-    first = str(cause).splitlines()[0]
-    if key:
-        return f"{key}: {first}; see python run.py --help"
-    return " ".join(text.split("\n")[:2])

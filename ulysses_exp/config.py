@@ -21,8 +21,10 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from ulysses_exp.layout import Layout
+from ulysses_exp.paths import matching
 
 STAGES = ("train", "eval", "reload", "parity", "plan")
+DATA = ("text", "packed", "synthetic", "hub")
 EVAL_MODES = ("bypass", "sp", "both", "auto", "none")
 
 
@@ -334,17 +336,22 @@ def _unknown(cfg: DictConfig) -> None:
     walk(OmegaConf.to_container(cfg, resolve=False), Config, "")  # type: ignore[arg-type]
 
 
+def typed(cfg: DictConfig) -> Config:
+    """The configuration as an object. Raises ConfigError for unknown keys and for keys without a value."""
+    _unknown(cfg)
+    missing = sorted(OmegaConf.missing_keys(cfg))
+    if missing:
+        raise ConfigError(missing[0], "has no value", f"set {missing[0]}=...")
+    return OmegaConf.to_object(cfg)  # type: ignore[return-value]
+
+
 def resolve(cfg: DictConfig) -> Config:
     """The typed and checked configuration of one job, its defaults filled in.
 
     Raises:
         ConfigError: it cannot run; nothing has been started or written.
     """
-    _unknown(cfg)
-    missing = sorted(OmegaConf.missing_keys(cfg))
-    if missing:
-        raise ConfigError(missing[0], "has no value", f"set {missing[0]}=...")
-    config: Config = OmegaConf.to_object(cfg)  # type: ignore[assignment]
+    config = typed(cfg)
     from ulysses_exp import redaction
 
     redaction.check_configuration(asdict(config))
@@ -382,13 +389,21 @@ def architecture(config: Config) -> dict[str, Any]:
     if model.name_or_path is None:
         return dict(model.architecture)
     path = Path(model.name_or_path).expanduser() / "config.json"
-    return (json.loads(path.read_text()) if path.is_file() else {}) | model.architecture
+    try:
+        saved = json.loads(path.read_text()) if path.is_file() else {}
+    except (OSError, ValueError, RecursionError) as error:
+        saved = str(error)
+    if not isinstance(saved, dict):
+        problem = f"{path} is no model's configuration"
+        raise ConfigError("model.name_or_path", problem, "set a folder whose config.json is one, or a hub name")
+    return saved | model.architecture
 
 
 def text_architecture(config: Config) -> dict[str, Any]:
     """`architecture` of the part that reads text, where the model has others."""
     known = architecture(config)
-    return known.get("text_config", known)
+    text = known.get("text_config", known)
+    return text if isinstance(text, dict) else known
 
 
 #: Settings of heads that a causal LM does not have.
@@ -419,17 +434,13 @@ def heads(config: Config) -> tuple[int, int] | None:
     """(query heads, KV heads) where the architecture tells, else None."""
     known = text_architecture(config)
     query = known.get("num_attention_heads")
-    return None if query is None else (int(query), int(known.get("num_key_value_heads") or query))
+    kv = known.get("num_key_value_heads") or query
+    return (query, kv) if isinstance(query, int) and isinstance(kv, int) else None  # some have a number for each layer
 
 
 def _choice(key: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise ConfigError(key, f"{value!r} is not a choice", nearest(value, list(choices)))
-
-
-def _at_least(key: str, value: float, least: float) -> None:
-    if value < least:
-        raise ConfigError(key, f"{value} is too small", f"set at least {least}")
+        raise ConfigError(key, f"{value[:60]!r} is not a choice", nearest(value, list(choices)))
 
 
 def check_layout(config: Config, layout: Layout, key: str) -> None:
@@ -474,53 +485,23 @@ def check_layout(config: Config, layout: Layout, key: str) -> None:
         )
 
 
-#: Smallest value of each number
-_LEAST = {
-    "train.seq_len": 2,
-    "train.steps": 1,
-    "train.global_batch_size": 1,
-    "train.micro_batch_size": 1,
-    "train.unmeasured_steps": 0,
-    "train.log_every": 1,
-    "longest.steps": 1,
-    "eval.sequences": 1,
-    "optim.lr": 0,
-    "optim.grad_clip": 0,
-    "optim.warmup_steps": 0,
-    "optim.weight_decay": 0,
-    "optim.momentum": 0,
-    "reload.steps": 0,
-    "parity.steps": 1,
-    "checkpoint.every": 0,
-    "checkpoint.keep": 1,
-    "checkpoint.on_signal_s": 0,
-    "launch.timeout_s": 1,
-    "launch.gpus_per_node": 1,
-    "launch.time_min": 1,
-    "memory.tiled_mlp": -1,
-    "memory.tiled_loss": -1,
-    "data.mean_document": 2,
-    "seed": 0,
-}
-
-
 def check(config: Config) -> None:
     """Raises ConfigError for the first rule that the configuration breaks. Touches no accelerator, starts nothing."""
+    from ulysses_exp import bounds, model_rules
+
     c = config
+    bounds.check(c)
     for stage in c.stages:
         _choice("stages", stage, STAGES)
     if len(set(c.stages)) != len(c.stages) or not c.stages:
         raise ConfigError("stages", "needs each stage once" if c.stages else "is empty", "set e.g. stages=[train,eval]")
-    _at_least("sp.size", c.sp.size, 1)
-    _at_least("dp.size", c.dp.size, 1)
-    if c.zero.stage not in (0, 1, 2, 3):
-        raise ConfigError("zero.stage", f"{c.zero.stage} is not a ZeRO stage", "set 0, 1, 2 or 3")
     if c.zero.offload_optimizer and c.zero.stage == 0:
         raise ConfigError("zero.offload_optimizer", "stage 0 shards no optimizer states", "set zero.stage to 1, 2 or 3")
-    if c.zero.param_persistence_threshold < 0:
-        raise ConfigError("zero.param_persistence_threshold", "is a number of elements", "set 0 or more")
     if c.zero.offload_parameters and c.zero.stage != 3:
         raise ConfigError("zero.offload_parameters", f"stage {c.zero.stage} shards no weights", "set zero.stage=3")
+    _choice("data.name", c.data.name, DATA)
+    _choice("optim.name", c.optim.name, ("adamw", "sgd"))
+    _choice("launch.name", c.launch.name, ("local", "attached", "slurm"))
     _choice("sp.exchange", c.sp.exchange, ("deepspeed", "fused"))
     _choice("eval.mode", c.eval.mode, EVAL_MODES)
     _choice("device", c.device, ("auto", "cpu", "cuda"))
@@ -532,21 +513,16 @@ def check(config: Config) -> None:
     _choice("data.padding", c.data.padding, ("none", "left", "right"))
     _choice("memory.checkpointing", c.memory.checkpointing, ("none", "non_reentrant", "reentrant"))
     _choice("optim.schedule", c.optim.schedule, ("constant", "linear", "cosine"))
-    for key, least in _LEAST.items():
-        group, _, name = key.rpartition(".")
-        value = getattr(getattr(c, group) if group else c, name)
-        _at_least(key, value, least)
     if c.train.profile and c.train.steps < 3:
         raise ConfigError("train.profile", f"needs 3 steps, not {c.train.steps}", "set train.steps=3")
     if c.train.compile and device_of(c) == "cpu" and not any(map(shutil.which, ("g++", "c++", "clang++"))):
         raise ConfigError("train.compile", "needs a C++ compiler on CPU", "install g++, or set train.compile=false")
     _check_longest(c)
+    if c.optim.schedule != "constant" and c.optim.warmup_steps >= c.train.steps:
+        problem = f"{c.optim.warmup_steps} steps leave none of train.steps={c.train.steps} to optim.schedule"
+        raise ConfigError("optim.warmup_steps", problem, "set fewer, or more train.steps")
     if c.optim.name == "adamw" and c.optim.momentum:
         raise ConfigError("optim.momentum", "AdamW has betas instead", "set optim.beta1, or optim=sgd")
-    if not 0 <= c.data.ignore_labels < 1:
-        raise ConfigError(
-            "data.ignore_labels", f"{c.data.ignore_labels} is not a share", "set 0 <= data.ignore_labels < 1"
-        )
     if c.memory.offload_activations and c.memory.checkpointing == "none":
         raise ConfigError(
             "memory.offload_activations", "nothing is checkpointed", "set memory.checkpointing=non_reentrant"
@@ -572,7 +548,9 @@ def check(config: Config) -> None:
     from ulysses_exp import foreign
 
     foreign.check(c)
-    check_objective(c, text_architecture(c))
+    known = text_architecture(c)
+    model_rules.check_given(c, known)
+    check_objective(c, known)
     if c.data.name == "hub" and not c.data.dataset:
         raise ConfigError("data.dataset", "data=hub names no dataset", "set a local folder or a hub name")
     if c.model.name_or_path is None and "model_type" not in c.model.architecture:
@@ -584,7 +562,7 @@ def check(config: Config) -> None:
             "data", "data=hub needs the package datasets", "pip install 'ulysses-exp[hub]', or set data=text"
         )
     bytes_wanted = c.data.name in ("text", "packed") and c.data.tokenizer is None and c.model.name_or_path is None
-    if bytes_wanted and int(c.model.architecture.get("vocab_size", 256)) < 256:
+    if bytes_wanted and int(c.model.architecture.get("vocab_size") or 256) < 256:
         raise ConfigError("model.architecture.vocab_size", "is smaller than the 256 byte tokens", "set at least 256")
     if set(c.stages) != {"plan"}:
         check_layout(c, c.layout, "sp.size")
@@ -612,17 +590,14 @@ def check(config: Config) -> None:
                 f"stage {stage} without train has nothing to work on",
                 "set checkpoint.source=<run folder>",
             )
-    if c.checkpoint.source is not None and not glob.glob(os.path.expanduser(c.checkpoint.source)):
+    if c.checkpoint.source is not None and not matching(c.checkpoint.source):
         raise ConfigError(
-            "checkpoint.source", f"{c.checkpoint.source} does not exist", "set a run folder, e.g. outputs/..."
+            "checkpoint.source",
+            f"{c.checkpoint.source!r} does not exist",
+            "set a run folder, e.g. outputs/...",
         )
     if "train" in c.stages and {"eval", "reload"} & set(c.stages[: c.stages.index("train")]):
         raise ConfigError("stages", "eval and reload come before train", "set stages=[train,eval,reload]")
-    for key, value in (("tracker.project", c.tracker.project), ("sweep.name", c.sweep.name)):
-        if value is not None and not re.fullmatch(r"[\w.-]+", value):
-            raise ConfigError(
-                key, f"{value!r} is not a plain name", "use letters, digits, dots, dashes and underscores"
-            )
 
 
 def _check_longest(c: Config) -> None:
@@ -635,10 +610,6 @@ def _check_longest(c: Config) -> None:
         raise ConfigError(
             "longest.search", "attached ranks cannot be replaced when memory runs out", "set launch=local"
         )
-    if not 0 < c.longest.within < 1:
-        raise ConfigError("longest.within", f"{c.longest.within} is not a share", "set e.g. longest.within=0.05")
-    if c.longest.memory_gib is not None and c.longest.memory_gib <= 0:
-        raise ConfigError("longest.memory_gib", f"{c.longest.memory_gib} is no memory", "set e.g. 0.25")
     if c.longest.memory_gib is None and device_of(c) == "cpu" and c.launch.name == "local":
         raise ConfigError(
             "longest.memory_gib", "ranks on CPU share the machine's memory", "set e.g. longest.memory_gib=0.25"

@@ -9,6 +9,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 from rich.console import Console
+from rich.markup import escape
 
 from ulysses_exp import continuing, run_folder, sweep
 from ulysses_exp.config import Config, ConfigError, device_of
@@ -55,7 +56,7 @@ def done(config: Config, folder: Path, jobs: sweep.Sweep, console: Console) -> f
     """Says that an earlier call has done this job; returns what a search is to optimize."""
     jobs.add("ok", folder.name, None, ran=False)
     hint = "" if jobs.total > 1 else " already; sweep.rerun=all runs it anew"
-    console.print(f"[green]done[/] {folder.name}{hint}", highlight=False, soft_wrap=True)
+    console.print(f"[green]done[/] {escape(folder.name)}{hint}", highlight=False, soft_wrap=True)
     return sweep.objective(config.optimize.metric, json.loads((folder / "results.json").read_text()))
 
 
@@ -83,8 +84,10 @@ def _write_composed(cfg: Any, folder: Path, hydra_config: Any) -> None:
 def _launch(
     config: Config, folder: Path, hydra_config: Any, headline: str | None, console: Console, earlier: Earlier | None
 ) -> dict[str, Any]:
+    from ulysses_exp import model_check
     from ulysses_exp.launch.local import warm_up
 
+    model_check.close()
     if config.launch.name == "local":
         warm_up(device_of(config))  # the ranks' imports run beside ours
     from ulysses_exp import job

@@ -6,7 +6,6 @@ words; what it says of the machine is not: how many ranks to start, which code t
 
 from __future__ import annotations
 
-import glob
 import os
 import re
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from ulysses_exp.checkpoints.manifest import NAME as MANIFEST
 from ulysses_exp.checkpoints.manifest import Manifest
 from ulysses_exp.config import Config, ConfigError, check_layout, doors
 from ulysses_exp.layout import Layout
+from ulysses_exp.paths import matching
 from ulysses_exp.received import Refused, inside, read_json, read_text, read_yaml
 
 #: What a checkpoint was trained as. A job that starts from it runs with the same, except for what its user overrides
@@ -44,7 +44,7 @@ def run_folders(source: str) -> list[Path]:
         ConfigError: the name of one of them would be read as something else where it is used.
     """
     found: list[Path] = []
-    for match in sorted(glob.glob(os.path.expanduser(source))):
+    for match in matching(source):
         path = Path(match)
         if _is_run(path) or (path / MANIFEST).exists() or (path / "checkpoints" / "latest").exists():
             found.append(path)
@@ -145,7 +145,7 @@ def inherit(cfg: DictConfig, overrides: list[str]) -> DictConfig:
             optimizer is asked for than the one whose states the checkpoint holds.
     """
     source = cfg.checkpoint.source
-    if source is None or not glob.glob(os.path.expanduser(source)):
+    if source is None or not matching(source):
         return cfg  # `config.check` says that it is not there
     folders = run_folders(source)
     if not folders:

@@ -84,7 +84,7 @@ def objective(metric: str | None, results: dict[str, Any]) -> float | None:
     return float(node) if metric and isinstance(node, (int, float)) else None
 
 
-def skipped(cfg: DictConfig, reason: str) -> dict[str, Any]:
+def skipped(cfg: DictConfig | Config, reason: str) -> dict[str, Any]:
     """results.json of a job whose combination of settings cannot run."""
     sp, dp, zero = cfg.sp.size, cfg.dp.size, cfg.zero.stage
     layout = {"world": sp * dp, "sp": sp, "dp": dp, "zero": zero, "name": f"sp{sp}-dp{dp}-z{zero}"}
@@ -98,18 +98,20 @@ class Sweep:
     total: int = 1
     outcomes: list[str] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
+    names: set[str] = field(default_factory=set)
     seconds: list[float] = field(default_factory=list)  # of each job that was not done already
     folder: Path | None = None  # of the newest job
     _mark: float = field(default_factory=time.monotonic)  # when the last job ended
 
     def add(self, outcome: str, name: str, reason: str | None, ran: bool = True) -> None:
-        """Records a job. `reason` says why it is not ok."""
+        """Records a job. `reason` says why it is not ok; why one was skipped has been said when it was."""
         self.outcomes.append(outcome)
+        self.names.add(name)
         now = time.monotonic()
         if ran:
             self.seconds.append(now - self._mark)
         self._mark = now
-        if outcome != "ok":
+        if outcome not in ("ok", "skipped"):
             self.failures.append(f"{name}: {outcome}: {reason}")
 
     def read(self, folder: Path, since: float) -> None:
@@ -119,6 +121,8 @@ class Sweep:
             since: Unix time; a file that is older tells of an earlier run.
         """
         for path in sorted(folder.glob("*/results.json")):
+            if path.parent.name in self.names:
+                continue
             results = settled(json.loads(path.read_text()), path.parent)
             ran = path.stat().st_mtime >= since
             if ran or results["status"] == "ok":
@@ -141,7 +145,7 @@ class Sweep:
         return ", ".join(f"{number} {outcome}" for outcome, number in Counter(self.outcomes).items())
 
     def summary(self) -> str:
-        """The whole sweep in a line, and a line for each job that is not ok."""
+        """The whole sweep in a line, and a line for each job that failed."""
         text = f"sweep: {self.counts() or 'no job ended'}"
         if missing := self.total - len(self.outcomes):
             text += f", {missing} not run"
@@ -154,12 +158,3 @@ class Sweep:
         if "failed" in self.outcomes:
             return 1
         return 2 if self.outcomes and set(self.outcomes) == {"skipped"} else 0
-
-
-def jobs_of(overrides: list[str]) -> int:
-    """How many jobs a multirun with these overrides has."""
-    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-
-    batches = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(overrides), max_batch_size=None)
-    return sum(len(batch) for batch in batches)

@@ -16,6 +16,7 @@ from ulysses_exp.attention import core, upstream
 from ulysses_exp.attention.exchange import FusedUlyssesAttention
 from ulysses_exp.attention.handle import Ulysses
 from ulysses_exp.attention.patched import Patched
+from ulysses_exp.model_rules import why_not_sharded
 
 
 @contextmanager
@@ -91,16 +92,11 @@ def _check_model(model: PreTrainedModel, attention: str) -> None:
     if have != attention:
         raise ValueError(f"the model was built with attention {have}, not {attention}; set sp.attention={have}")
     text = model.config.get_text_config()
-    strange = set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
-    if strange:
-        raise ValueError(
-            f"{type(model).__name__} has layers of type {', '.join(sorted(strange))}, which Ulysses does not shard; "
-            "set sp.size=1"
-        )
-    if getattr(text, "num_key_value_heads", None) is None:
-        raise ValueError(
-            f"{type(model).__name__} is configured without num_key_value_heads, which DeepSpeed reads; set sp.size=1"
-        )
+    why = why_not_sharded(
+        type(model).__name__, getattr(text, "layer_types", None), getattr(text, "num_key_value_heads", None)
+    )
+    if why is not None:
+        raise ValueError(f"{why}; set sp.size=1")
 
 
 def _fused(base: UlyssesSPAttentionHF) -> FusedUlyssesAttention:

@@ -150,9 +150,10 @@ def main() -> int:
     try:
         asked = asked_for(arguments.overrides, arguments.ranks, arguments.outputs)
     except Exception as error:
-        from ulysses_exp.cli import _user_message
+        from ulysses_exp.cli import CONF
+        from ulysses_exp.user_errors import user_message
 
-        message = _user_message(error)
+        message = user_message(error, CONF, arguments.overrides)
         if message is None:
             raise
         print(message, file=sys.stderr)

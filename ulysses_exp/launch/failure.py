@@ -11,6 +11,7 @@ from enum import IntEnum
 from pathlib import Path
 from time import time as now
 
+from ulysses_exp.config import ConfigError
 from ulysses_exp.output_trouble import full_places
 from ulysses_exp.redaction import redacted
 
@@ -74,10 +75,12 @@ def record(folder: Path, rank: int, error: BaseException) -> None:
         return
     text = str(error)
     oom = isinstance(error, MemoryError) or _says_out_of_memory(text)
-    message = f"{type(error).__name__}: {text}" if text else type(error).__name__
+    everywhere = isinstance(error, ConfigError)
+    message = text if everywhere else f"{type(error).__name__}: {text}" if text else type(error).__name__
     entry = {
         "time": now(),
         "message": f"out of memory ({message})" if oom else message,
+        "everywhere": everywhere,  # no matter of this rank alone
         "trace": "".join(traceback.format_exception(error)),
     }
     try:
@@ -118,7 +121,8 @@ def first_failure(folder: Path, exitcodes: dict[int, int | None]) -> RankFailure
         lines = entry["message"].splitlines()
         cause = Cause.OTHERS if is_timeout(entry["trace"]) or _lost_another(entry["trace"]) else Cause.ERROR
         first = next((line for line in lines if line.strip()), "no message")
-        return RankFailure(rank, first, entry["trace"], cause, entry["time"])
+        whose = None if entry.get("everywhere") else rank
+        return RankFailure(whose, first, entry["trace"], cause, entry["time"])
     for rank in exitcodes:
         said = folder / f"rank{rank}.err"
         lines = said.read_text(errors="replace").splitlines() if said.exists() else []
