@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import itertools
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -141,7 +142,7 @@ class _Parts:
         try:
             for override in OverridesParser.create().parse_overrides(values):
                 key = override.key_or_group
-                kept[key] = OmegaConf.select(composed, key)
+                kept[key] = copy.deepcopy(OmegaConf.select(composed, key))  # a list is changed where it is
                 OmegaConf.update(composed, key, override.value(), merge=True)
             node = composed[section]
             return OmegaConf.to_object(node) if OmegaConf.is_config(node) else node

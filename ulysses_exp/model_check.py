@@ -22,7 +22,7 @@ from ulysses_exp import model_rules
 from ulysses_exp.config import Config, ConfigError, check_objective, nearest
 from ulysses_exp.layout import Layout
 
-_PATIENCE_S = 20  # for an answer; a model on a slow network is then left to the ranks
+_HUB_S, _HERE_S = 20, 300  # for an answer; a model on a slow network is then left to the ranks
 
 #: Names of transformers' attention functions that read whole sequences and need no mask of n x n
 ATTENTION = ("sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4")
@@ -213,7 +213,7 @@ class _Reader:
     def __init__(self) -> None:
         self._process: subprocess.Popen[str] | None = None
 
-    def ask(self, request: str) -> dict[str, Any] | None:
+    def ask(self, request: str, patience_s: float) -> dict[str, Any] | None:
         """None where it does not answer in time, or ended: what it was to find out is then left to the ranks."""
         if self._process is None or self._process.poll() is not None:
             self._process = self._start()
@@ -221,7 +221,7 @@ class _Reader:
         try:
             self._process.stdin.write(request + "\n")
             self._process.stdin.flush()
-            ready, _, _ = select.select([self._process.stdout], [], [], _PATIENCE_S)
+            ready, _, _ = select.select([self._process.stdout], [], [], patience_s)
             line = self._process.stdout.readline() if ready else ""
         except OSError:
             line = ""
@@ -265,7 +265,9 @@ def ask(work: str, **arguments: Any) -> dict[str, Any] | None:
     """The answer of `model_reader` to a request, asked once; None where there is none."""
     request = json.dumps({"work": work, **arguments}, sort_keys=True, default=str)
     if request not in _answers:
-        _answers[request] = _reader.ask(request)
+        path = arguments.get("path")
+        here = path is None or Path(path).expanduser().exists()
+        _answers[request] = _reader.ask(request, _HERE_S if here else _HUB_S)
     return _answers[request]
 
 

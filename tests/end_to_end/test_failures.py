@@ -126,10 +126,11 @@ def test_an_error_in_a_rank_is_one_line_and_the_trace_is_in_the_log(command, tmp
     broken.mkdir()
     (broken / "config.json").write_text(json.dumps({"model_type": "llama", "num_attention_heads": 8,
                                                     "hidden_size": 64, "vocab_size": 256}))  # fmt: skip
+    (broken / "model.safetensors").write_text("no weights")
     done = command("model=hub", f"model.name_or_path={broken}", "sp.size=2", "device=cpu", cwd=tmp_path)
     assert done.returncode == 1
     assert "Traceback" not in done.stdout + done.stderr
     run = only_run(tmp_path)
     error = json.loads((run / "results.json").read_text())["error"]
-    assert "rank" in error and "model.name_or_path" in error
+    assert "rank 0" in error and "Safetensor" in error
     assert "Traceback" in (run / "run.log").read_text()
