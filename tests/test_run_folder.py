@@ -14,6 +14,7 @@ from checkout import ROOT
 from hydra import compose, initialize_config_dir
 
 from ulysses_exp import continuing, run_folder, sources, sweep
+from ulysses_exp.checkpoints.manifest import Manifest
 from ulysses_exp.cli import CONF, main
 from ulysses_exp.config import ConfigError, resolve
 from ulysses_exp.report import runs
@@ -63,7 +64,9 @@ def a_run(folder: Path, fingerprint: str = "a") -> Path:
     run_folder.begin(folder, fingerprint, ["seed=1"])
     (folder / ".hydra").mkdir()
     (folder / "checkpoints" / "step5").mkdir(parents=True)
-    (folder / "checkpoints" / "step5" / "manifest.json").write_text("{}")
+    counters = {"global_steps": 5, "global_samples": 20, "skipped_steps": 0}
+    engine = {**counters, "groups": [], "scheduler": None, "generators": []}
+    Manifest("sp1-dp1-z0", 5, "AdamW", {}, {}, {}, {}, {}, engine).write(folder / "checkpoints" / "step5")
     (folder / "checkpoints" / "latest").write_text("step5")
     (folder / "results.json").write_text('{"status": "ok"}')
     run_folder.release(folder)
