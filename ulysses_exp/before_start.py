@@ -56,6 +56,10 @@ def _check_attached(config: Config) -> None:
             "launch=attached, and no launcher has set RANK and WORLD_SIZE",
             "start with torchrun --nproc-per-node=N, or set launch=local",
         )
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        if not os.environ.get(name):
+            problem = "launch=attached, and no launcher has set where the ranks meet"
+            raise ConfigError(name, problem, "set the first node's address and a free port, or start with torchrun")
     if not worlds[0].isdigit() or int(worlds[0]) < config.layout.world:
         problem = f"{config.layout} needs {config.layout.world} ranks, the launcher started {worlds[0]}"
         raise ConfigError("sp.size", problem, "start as many, or set smaller sp.size and dp.size")
