@@ -201,6 +201,10 @@ def test_a_variable_that_ranks_would_fail_on_is_named(monkeypatch, capsys, name,
 def test_fewer_ranks_attached_than_the_layout_needs(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    assert "MASTER_ADDR" in refused(monkeypatch, capsys, "launch=attached")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "29500")
     assert "needs 4 ranks, the launcher started 2" in refused(monkeypatch, capsys, "launch=attached", "sp.size=4")
 
 

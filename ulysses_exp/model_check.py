@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import difflib
 import json
@@ -258,6 +259,7 @@ class _Reader:
 
 
 _reader = _Reader()
+atexit.register(_reader.close)
 _answers: dict[str, dict[str, Any] | None] = {}
 
 
