@@ -13,6 +13,8 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ulysses_exp.launch.stopping import requests
+
 if TYPE_CHECKING:
     from ulysses_exp.config import Config
     from ulysses_exp.sweep import Sweep
@@ -24,6 +26,15 @@ CONF = _HERE / "conf" if (_HERE / "conf").is_dir() else _HERE.parent / "conf"
 
 def main() -> None:
     """Entry point of run.py and of the installed command `ulysses-exp`."""
+    try:
+        with requests.heeded():
+            _command()
+    except KeyboardInterrupt as stop:  # before there was anything to summarise
+        print(f"interrupted by {stop}" if str(stop) else "interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def _command() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach us as exceptions; we say them in a line
     from hydra._internal.utils import get_args_parser
 
@@ -33,7 +44,6 @@ def main() -> None:
         _leave_to_rank_0(arguments.overrides)
     asks = arguments.help or arguments.hydra_help or arguments.cfg or arguments.info or arguments.shell_completion
     from ulysses_exp.interruption import continue_command
-    from ulysses_exp.launch.stopping import requests
     from ulysses_exp.sweep import Sweep
 
     sweep = Sweep()
@@ -48,8 +58,7 @@ def main() -> None:
                 arguments.multirun, arguments.overrides = True, jobs
                 sweep.total = _jobs(jobs)
                 axes.update(override.key_or_group for override in _swept(jobs))
-        with requests.heeded():
-            _hydra(sweep)
+        _hydra(sweep)
     except KeyboardInterrupt as stop:
         if arguments.multirun:
             print(sweep.summary())
