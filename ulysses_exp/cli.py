@@ -13,6 +13,8 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from ulysses_exp.launch.stopping import requests
+
 if TYPE_CHECKING:
     from ulysses_exp.config import Config
     from ulysses_exp.sweep import Sweep
@@ -26,8 +28,12 @@ def main() -> None:
     """Entry point of run.py and of the installed command `ulysses-exp`."""
     from ulysses_exp.output_trouble import forgiving_streams
 
-    with forgiving_streams():
-        _command()
+    try:
+        with forgiving_streams(), requests.heeded():
+            _command()
+    except KeyboardInterrupt as stop:  # before there was anything to summarise
+        print(f"interrupted by {stop}" if str(stop) else "interrupted", file=sys.stderr)
+        sys.exit(130)
 
 
 def _command() -> None:
@@ -46,7 +52,6 @@ def _command() -> None:
     asks = arguments.help or arguments.hydra_help or arguments.cfg or arguments.info or arguments.shell_completion
     from ulysses_exp import combinations, output_trouble, run_folder
     from ulysses_exp.interruption import continue_command
-    from ulysses_exp.launch.stopping import requests
     from ulysses_exp.redaction import check_overrides
     from ulysses_exp.sweep import Sweep
 
@@ -65,12 +70,11 @@ def _command() -> None:
                 sweep.total = _jobs(jobs)
                 axes.update(override.key_or_group for override in _swept(jobs))
                 possible = _leave_out_the_impossible(jobs, axes, sweep)
-        with requests.heeded():
-            if possible is None:
+        if possible is None:
+            _hydra(sweep)
+        elif possible:
+            with combinations.only(possible):
                 _hydra(sweep)
-            elif possible:
-                with combinations.only(possible):
-                    _hydra(sweep)
     except KeyboardInterrupt as stop:
         if arguments.multirun:
             print(sweep.summary())
