@@ -161,8 +161,8 @@ def _check_folder(config: Config, name: str) -> None:
         return
     if not (folder / "config.json").is_file():
         raise ConfigError("model.name_or_path", f"no model in {name} (no config.json)", "set a folder that has one")
-    if not config.model.pretrained or config.checkpoint.source is not None:
-        return
+    if not config.model.pretrained or config.checkpoint.source is not None or set(config.stages) == {"plan"}:
+        return  # no weights are read
     instead = "set a folder that has them, or model.pretrained=false"
     kinds = ("model.safetensors", "pytorch_model.bin")
     if not any((folder / kind).exists() or (folder / f"{kind}.index.json").exists() for kind in kinds):

@@ -15,6 +15,7 @@ from received_run import composed
 from ulysses_exp import config
 from ulysses_exp.config import Config
 from ulysses_exp.launch import attached
+from ulysses_exp.launch.seat import Seat
 from ulysses_exp.launch.task import Task
 
 OVERRIDES = ("device=cpu", "sp.size=1", "model=tiny_gemma3", "optim.lr=1", "reload.layouts=[sp1-dp1-z0]")
@@ -69,10 +70,16 @@ MESSAGES: dict[str, tuple[Callable[[Task, Path], bytes], str]] = {
 
 
 class Store:
-    """The one call of torch's store that a waiting rank makes."""
+    """The calls of torch's store that a waiting rank makes."""
 
     def __init__(self, message: bytes):
         self.message = message
+
+    def set(self, key: str, value: bytes) -> None:
+        assert key == "here/1"
+
+    def check(self, keys: list[str]) -> bool:
+        return keys == ["task1"]
 
     def get(self, key: str) -> bytes:
         assert key == "task1"
@@ -85,10 +92,11 @@ def test_a_message_that_is_no_task_of_this_job_ends_the_rank(
 ) -> None:
     message, words = MESSAGES[kind]
     store = Store(message(task, tmp_path))
-    monkeypatch.setattr(attached, "_environment", lambda: (1, 2))
-    monkeypatch.setattr(attached, "_store", lambda rank, world: store)
+    place = Seat(rank=1, world=2, local_rank=1, host="127.0.0.1", port=1, hosted=True, attempt="0")
+    monkeypatch.setattr(attached, "seat", lambda: place)
+    monkeypatch.setattr(attached, "_sit_down", lambda place, timeout_s: store)
     own: Callable[[], Config] = lambda: config.resolve(composed(*OVERRIDES))  # noqa: E731
-    assert attached.serve(own) == 1
+    assert attached.serve([], own) == 1
     said = capsys.readouterr().err
     assert said.startswith("rank 1: no task of this job: ") and words in said and said.count("\n") == 1
     assert not (tmp_path / "executed").exists()

@@ -298,7 +298,7 @@ IN_RANKS: dict[str, tuple[Change, tuple[str, ...]]] = {
     "no shape": (lambda f, o: _forged_header(f, lambda e: e.pop("shape")), ("header",)),
     "no such type": (lambda f, o: _forged_header(f, lambda e: e.update(dtype="OBJECT")), ("header",)),
     "schedule of texts": (
-        lambda f, o: _engine(f, scheduler=Manifest.read(f / STEP).engine["scheduler"] | {"base_lrs": ["1"]}),
+        lambda f, o: _engine(f, scheduler=Manifest.read(f / STEP).engine["scheduler"] | {"last_epoch": "1"}),
         ("scheduler",),
     ),
     "generators of nothing": (lambda f, o: _engine(f, generators=[{"cpu": "AAAA"}]), ("manifest.json",)),

@@ -48,7 +48,7 @@ def trained(config: Config, folder: Path) -> tuple[Path, list[tuple[float, float
         for _ in range(BEFORE):
             training.optimizer_step(opened, opened.step)
             opened.step += 1
-        save(opened).wait()
+        save(opened, [0]).wait()
         return folder / "checkpoints" / f"step{BEFORE}", go_on(opened)
 
 
@@ -195,6 +195,11 @@ def test_another_optimizer_is_refused_before_a_rank_starts(tmp_path):
     from ulysses_exp.cli import CONF
 
     (tmp_path / ".hydra").mkdir()
+    (tmp_path / "checkpoints" / "step5").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "latest").write_text("step5")
+    counters = {"global_steps": 5, "global_samples": 20, "skipped_steps": 0}
+    engine = {**counters, "groups": [], "scheduler": None, "generators": []}
+    Manifest("sp1-dp1-z0", 5, "AdamW", {}, {}, {}, {}, {}, engine).write(tmp_path / "checkpoints" / "step5")
     with initialize_config_dir(str(CONF), version_base="1.3"):
         OmegaConf.save(compose("config", []), tmp_path / ".hydra" / "config.yaml")
         overrides = ["optim=sgd", f"checkpoint.source={tmp_path}"]

@@ -16,6 +16,7 @@ import pytest
 from made_up_results import results, write
 from rich.console import Console
 
+from ulysses_exp import run_folder
 from ulysses_exp.report import __main__ as report
 from ulysses_exp.report import runs
 from ulysses_exp.report.files import MIB
@@ -208,9 +209,16 @@ def test_a_running_job_is_called_running(tmp_path):
     made = results(2) | {"status": "running", "stages": {}}
     folder = write(tmp_path / "sweep" / "run", made)
     (folder / METRICS).write_text('{"step": 1, "train/loss": 5.0}\n{"step": 2, "train/loss": 4.5}\n')
-    _, markdown, printed = reported(tmp_path / "sweep")
+    run_folder.lock(folder)
+    try:
+        _, markdown, printed = reported(tmp_path / "sweep")
+    finally:
+        run_folder.release(folder)
     assert "1 run (1 running)" in printed
     assert "is running; 2 steps so far" in markdown
+    _, markdown, printed = reported(tmp_path / "sweep")
+    assert "1 run (1 interrupted)" in printed, "nobody writes there any more"
+    assert "interrupted: the process that ran the job was ended" in markdown
 
 
 def test_skipped_jobs_stand_together_by_reason(tmp_path):

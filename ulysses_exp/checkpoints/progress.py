@@ -44,7 +44,7 @@ def restore(engine: deepspeed.DeepSpeedEngine, state: dict[str, Any]) -> None:
     engine.micro_steps = engine.global_steps * engine.gradient_accumulation_steps()
     if engine.lr_scheduler is not None and state["scheduler"] is not None:
         step = state["scheduler"].get("last_epoch")
-        if type(step) is not int or step < 0:
+        if type(step) is not int or not 0 <= step < 2**53:
             raise TypeError("scheduler.last_epoch")
         go_to(engine, step)
     if len(state["generators"]) == dist.get_world_size():
