@@ -66,7 +66,7 @@ def by_idea():
         yield pytest.param(words, named, id=" ".join(words)[:80], marks=marks)
 
 
-@pytest.mark.parametrize(("words", "named"), by_idea())
+@pytest.mark.parametrize(("words", "named"), list(by_idea()))
 def test_bad_input_is_refused_in_a_line(monkeypatch, capsys, tmp_path, words, named):
     assert named in refused(monkeypatch, capsys, *words)
     assert not list(tmp_path.iterdir())
