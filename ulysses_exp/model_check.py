@@ -161,8 +161,8 @@ def _check_folder(config: Config, name: str) -> None:
         return
     if not (folder / "config.json").is_file():
         raise ConfigError("model.name_or_path", f"no model in {name} (no config.json)", "set a folder that has one")
-    if not config.model.pretrained or config.checkpoint.source is not None or set(config.stages) == {"plan"}:
-        return  # no weights are read
+    if not config.model.pretrained or config.checkpoint.source is not None or _reads_nothing(config):
+        return
     instead = "set a folder that has them, or model.pretrained=false"
     kinds = ("model.safetensors", "pytorch_model.bin")
     if not any((folder / kind).exists() or (folder / f"{kind}.index.json").exists() for kind in kinds):
@@ -180,6 +180,11 @@ def _check_folder(config: Config, name: str) -> None:
             )
 
 
+def _reads_nothing(config: Config) -> bool:
+    """A plan needs the model's shape alone."""
+    return set(config.stages) <= {"plan"}
+
+
 def _elsewhere(config: Config) -> bool:
     """Whether the ranks, on other machines, may see a hub or a cache that this one does not."""
     name = config.model.name_or_path
@@ -188,7 +193,7 @@ def _elsewhere(config: Config) -> bool:
 
 def _tokenizer(config: Config) -> str | None:
     """The local folder of the tokenizer that the data needs; None where bytes are tokens, or it is not here."""
-    if config.data.name == "synthetic":
+    if config.data.name == "synthetic" or _reads_nothing(config):
         return None
     path = config.data.tokenizer or config.model.name_or_path
     if path is None or not Path(path).expanduser().is_dir():
