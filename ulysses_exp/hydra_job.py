@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,8 @@ def run(
         KeyboardInterrupt: after results.json says so.
     """
     folder = Path(hydra_config.runtime.output_dir)
-    if sweep.finished(config, folder):
+    changed = replace(config, sweep=replace(config.sweep, rerun="changed"))
+    if sweep.finished(config if config.sweep.rerun == "all" else changed, folder):
         if config.launch.name == "attached":
             from ulysses_exp.launch import open_ranks
 

@@ -147,6 +147,7 @@ class Command:
 
 
 @pytest.mark.long
+@pytest.mark.timeout(900)  # eight starts
 def test_a_job_killed_again_and_again_gives_the_numbers_of_one_that_was_not(command, tmp_path):
     """SIGKILL of the parent at any moment: while it starts, trains, saves, evaluates, reloads."""
     job = [*JOB, "stages=[train,eval,reload]", "train.steps=40", "checkpoint.every=3", "reload.layouts=[sp1-dp1-z0]"]
