@@ -37,7 +37,9 @@ def when_all_have_begun(task, forks, do):
     """Calls `do` in another thread once every fork has given its first sign of life."""
 
     def wait():
-        while any((beat := heartbeat.last(task.results, rank)) is None or beat.count < 2 for rank in forks):
+        while any(fork.pid is None for fork in forks.values()) or any(
+            (beat := heartbeat.last(task.results, rank)) is None or beat.count < 2 for rank in forks
+        ):
             time.sleep(0.01)
         do()
 
@@ -91,7 +93,7 @@ def test_the_first_cause_is_told(server, task):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP])
 def test_a_request_to_stop_lets_ranks_save(server, task, number):
     forks = {rank: server.fork(ranks.saves_when_asked, task.results, rank, 0.2) for rank in range(2)}
-    with stopping.requests.heeded():
+    with stopping.requests.heeded(), stopping.requests.deferred():  # from here on: the fork may be quick
         when_all_have_begun(task, forks, lambda: os.kill(os.getpid(), number))
         with pytest.raises(KeyboardInterrupt, match=signal.Signals(number).name):
             supervise(task, forks)
@@ -111,7 +113,7 @@ def test_a_request_to_stop_ends_ranks(server, task, seconds, on_signal_s, functi
     more = () if seconds is None else (seconds,)
     forks = {0: server.fork(getattr(ranks, function), task.results, 0, *more)}
     began = time.monotonic()
-    with stopping.requests.heeded():
+    with stopping.requests.heeded(), stopping.requests.deferred():  # from here on: the fork may be quick
         when_all_have_begun(task, forks, lambda: os.kill(os.getpid(), signal.SIGTERM))
         with pytest.raises(KeyboardInterrupt):
             supervise(task, forks)
@@ -126,7 +128,7 @@ def test_a_second_request_ends_at_once(server, task):
         time.sleep(0.3)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    with stopping.requests.heeded():
+    with stopping.requests.heeded(), stopping.requests.deferred():  # from here on: the fork may be quick
         when_all_have_begun(task, forks, twice)
         with pytest.raises(KeyboardInterrupt):
             supervise(task, forks)

@@ -71,8 +71,8 @@ class Fork:
         return self.exitcode
 
     def send(self, number: int) -> None:
-        """Sends a signal, if the process runs."""
-        if self.pid is not None and self.exitcode is None:
+        """Sends a signal, if the process runs. Raises ServerEnded."""
+        if self.poll() is None and self.pid is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, number)
 
