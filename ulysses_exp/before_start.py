@@ -10,7 +10,6 @@ from pathlib import Path
 from ulysses_exp import model_check
 from ulysses_exp.bounds import LEAST_TOKENS
 from ulysses_exp.config import Config, ConfigError, device_of
-from ulysses_exp.launch.seat import seat
 
 
 def check(config: Config) -> None:
@@ -32,16 +31,6 @@ def check_environment(config: Config) -> None:
             if name not in known:
                 problem = f"{name[:40]!r} is no network interface of this machine"
                 raise ConfigError("GLOO_SOCKET_IFNAME", problem, f"unset it, or set one of {', '.join(known[:8])}")
-    if config.launch.name == "attached":
-        _check_attached(config)
-
-
-def _check_attached(config: Config) -> None:
-    """Raises ConfigError where the launcher that started the ranks says nothing of them, or started too few."""
-    started = seat().world
-    if started < config.layout.world:
-        problem = f"{config.layout} needs {config.layout.world} ranks, the launcher started {started}"
-        raise ConfigError("sp.size", problem, "start as many, or set smaller sp.size and dp.size")
 
 
 def _check_dataset(config: Config) -> None:

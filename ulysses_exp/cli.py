@@ -75,6 +75,8 @@ def _command() -> None:
         elif possible:
             with combinations.only(possible):
                 _hydra(sweep)
+        else:
+            run_folder.abandon()  # of a sweep of which nothing can run
     except KeyboardInterrupt as stop:
         if arguments.multirun:
             print(sweep.summary())

@@ -31,6 +31,7 @@ _NOT_PART_OF_THE_RESULT = ("sweep", "tracker", "launch", "optimize")
 def fingerprint(config: Config) -> str:
     """Two jobs with the same fingerprint give the same result: the same settings, and the same source if any."""
     plain = {key: value for key, value in asdict(config).items() if key not in _NOT_PART_OF_THE_RESULT}
+    del plain["checkpoint"]["on_signal_s"]
     if config.checkpoint.source is not None:  # trained again, it is another one
         plain["source"] = [path.read_text() for path in newest_manifests(config.checkpoint.source)]
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]

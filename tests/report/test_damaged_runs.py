@@ -207,9 +207,10 @@ def test_what_is_not_finite_is_shown_and_is_no_damage(tmp_path):
 
 def test_a_running_job_is_called_running(tmp_path):
     made = results(2) | {"status": "running", "stages": {}}
-    folder = write(tmp_path / "sweep" / "run", made)
-    (folder / METRICS).write_text('{"step": 1, "train/loss": 5.0}\n{"step": 2, "train/loss": 4.5}\n')
+    folder = tmp_path / "sweep" / "run"
     run_folder.lock(folder)
+    write(folder, made)
+    (folder / METRICS).write_text('{"step": 1, "train/loss": 5.0}\n{"step": 2, "train/loss": 4.5}\n')
     try:
         _, markdown, printed = reported(tmp_path / "sweep")
     finally:
