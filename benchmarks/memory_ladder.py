@@ -2,9 +2,9 @@
 
     python benchmarks/memory_ladder.py [--tokens 4096] [--memory-gib 0.125] [key=value ...]
 
-Two sweeps over `memory`: `experiment=memory_ladder` trains at one length and runs each rung's parity stage;
-`experiment=max_seq_len` searches the longest sequence that trains in `--memory-gib` a rank. What else is given
-overrides both. Writes benchmarks/results/memory_ladder.{json,md,png}.
+Three sweeps over `memory`: `experiment=memory_ladder` trains at one length and runs each rung's parity stage, and again
+its parity alone in bf16; `experiment=max_seq_len` searches the longest sequence that trains in `--memory-gib` a rank.
+What else is given overrides all. Writes benchmarks/results/memory_ladder.{json,md,png}.
 """
 
 from __future__ import annotations
@@ -61,11 +61,19 @@ def main() -> None:
             ["experiment=memory_ladder", f"train.seq_len={arguments.tokens}", "train.steps=5", "optim=sgd",
              *arguments.overrides],
         )  # fmt: skip
+        in_bf16 = sweep(
+            folder, "bf16",
+            ["experiment=memory_ladder", "stages=[parity]", f"train.seq_len={arguments.tokens}", "optim=sgd",
+             "train.precision=bf16", *arguments.overrides],
+        )  # fmt: skip
         searched = sweep(
             folder, "longest",
             ["experiment=max_seq_len", f"longest.memory_gib={arguments.memory_gib}", *arguments.overrides],
         )  # fmt: skip
-    rows = [row(rung, fixed[rung]["stages"], searched[rung]["stages"]["train"]) for rung in RUNGS]
+    rows = [
+        row(rung, fixed[rung]["stages"], in_bf16[rung]["stages"]["parity"], searched[rung]["stages"]["train"])
+        for rung in RUNGS
+    ]
     report = {
         "rows": rows, "tokens": arguments.tokens, "memory_gib": arguments.memory_gib, "overrides": arguments.overrides,
         "layout": fixed["none"]["layout"]["name"], "model": fixed["none"]["model"], "cores": os.cpu_count(),
@@ -78,7 +86,7 @@ def main() -> None:
     print(document(report, arguments.out.name))
 
 
-def row(rung: str, fixed: dict[str, Any], searched: dict[str, Any]) -> dict[str, Any]:
+def row(rung: str, fixed: dict[str, Any], bf16: dict[str, Any], searched: dict[str, Any]) -> dict[str, Any]:
     parity = fixed["parity"]
     names = ("max_rel_loss_diff", "max_rel_grad_norm_diff", "max_rel_weight_diff")
     return {
@@ -88,6 +96,8 @@ def row(rung: str, fixed: dict[str, Any], searched: dict[str, Any]) -> dict[str,
         "loss": fixed["train"]["loss"][-1],
         "parity": parity["status"],
         "parity_max_rel": max(parity[name] for name in names),
+        "parity_bf16": bf16["status"],
+        "parity_bf16_max_rel": {name: bf16[name] for name in names},
         "max_seq_len": searched["max_seq_len"],
         "shortest_failed": searched["shortest_failed"],
     }
@@ -99,15 +109,18 @@ def document(report: dict[str, Any], name: str) -> str:
         "# The memory ladder", "",
         f"`python benchmarks/memory_ladder.py`: {report['model']['name']}, {report['layout']}, fp32, one sequence a "
         f"step, {report['cores']} cores. Step time, memory (the process's high-water mark, libraries included) and "
-        f"parity with SGD at {report['tokens']:,} tokens; the longest sequence that trains where model, engine and "
-        f"activations of a rank have {of_bytes(report['memory_gib'] * 2**30)}. Each rung adds to the one above it.", "",
-        "| memory | | longest sequence | of none | step | of none | worst rank's memory | parity, largest relative |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        f"parity with SGD, also of runs in bf16, at {report['tokens']:,} tokens; the longest sequence that trains "
+        f"where model, engine and activations of a rank have {of_bytes(report['memory_gib'] * 2**30)}. Each rung adds "
+        "to the one above it.", "",
+        "| memory | | longest sequence | of none | step | of none | worst rank's memory | parity, largest relative "
+        "| parity in bf16: loss, gradient norm, weights |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
         *(
             f"| `{r['memory']}` | {ADDED[r['memory']]} | {r['max_seq_len']:,} | "
             f"{r['max_seq_len'] / least['max_seq_len']:.2f} | {of_seconds(r['step_time_s'])} | "
             f"{r['step_time_s'] / least['step_time_s']:.2f} | {of_bytes(r['peak_memory_bytes'])} | "
-            f"{r['parity']}, {r['parity_max_rel']:.1e} |"
+            f"{r['parity']}, {r['parity_max_rel']:.1e} | "
+            f"{r['parity_bf16']}, " + ", ".join(f"{value:.1e}" for value in r["parity_bf16_max_rel"].values()) + " |"
             for r in rows
         ),
         "", "On CPU host and device memory are one, so `alst`'s last rung moves inputs from one part of it to another.",

@@ -18,6 +18,7 @@ WRONG = [
     (["sp.size=two"], "sp.size"),
     (["sp.size=16"], "sp.size"),
     (["dp.size=0"], "dp.size"),
+    (["stages=[plan]", "sp.size=8", "dp.size=100000000", "train.global_batch_size=100000000"], "dp.size"),
     (["dp.size=3"], "train.global_batch_size"),
     (["model.architecture.num_key_value_heads=3", "sp.size=2"], "sp.size"),
     (["model.architecture.num_attention_heads=6", "sp.size=4"], "sp.size"),

@@ -25,6 +25,8 @@ from ulysses_exp.paths import matching
 
 STAGES = ("train", "eval", "reload", "parity", "plan")
 DATA = ("text", "packed", "synthetic", "hub")
+#: DeepSpeed makes lists of all ranks: tracing takes time and memory in proportion to them.
+PLANNED_RANKS = 4096
 EVAL_MODES = ("bypass", "sp", "both", "auto", "none")
 
 
@@ -572,6 +574,9 @@ def check(config: Config) -> None:
         from ulysses_exp.plan.hardware import load
 
         load(c.plan.hardware)
+        if c.layout.world > PLANNED_RANKS:
+            problem = f"{c.layout.world:,} ranks are more than the {PLANNED_RANKS:,} that stage plan traces"
+            raise ConfigError("dp.size", problem, f"set dp.size={max(1, PLANNED_RANKS // c.layout.sp)} or less")
     if not re.fullmatch("sp1-dp1-z[0-3]", c.parity.reference):
         problem = f"{c.parity.reference!r} is not a single process"
         raise ConfigError("parity.reference", problem, "set sp1-dp1-z0, or sp1-dp1-z3 with offload for large models")

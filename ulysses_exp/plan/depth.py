@@ -24,7 +24,7 @@ SUB_GROUP = 1_000_000_000
 
 
 def depths(config: Config, layers: int, layer_parameters: int, period: int = 1) -> tuple[int, ...]:
-    """How many layers to trace: two numbers to extrapolate from, or all `layers` where there are not many more.
+    """How many layers to trace: two numbers to extrapolate from, or all `layers` where that takes no longer.
 
     Three layers are the fewest in whose middle neither the embedding nor the head is gathered. Gradients are reduced
     whenever a bucket is full, so the fewer layers have to fill one.
@@ -36,7 +36,7 @@ def depths(config: Config, layers: int, layer_parameters: int, period: int = 1) 
     bucket = REDUCE_BUCKET // layer_parameters + 1 if config.zero.stage else 0
     first = -(-max(bucket + (config.zero.stage == 3), 3) // period) * period
     second = first + period
-    return (layers,) if second + 1 >= layers else (first, second)
+    return (layers,) if first + second >= layers else (first, second)
 
 
 def whole(traces: list[Trace], layers: int, config: Config) -> Trace:

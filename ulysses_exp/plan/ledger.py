@@ -35,6 +35,9 @@ _BY_FILE = (
 #: The allocator of torch on CUDA hands out multiples of this (c10/cuda/CUDACachingAllocator.h, kMinBlockSize).
 CUDA_BLOCK = 512
 
+#: Operators whose kernels hold as much again as their input while they run (aten/src/ATen/native/ReduceOps.cpp).
+_WITH_SCRATCH = (torch.ops.aten.logsumexp.default,)
+
 _COPIES = (torch.ops.aten.copy_.default, torch.ops.aten._to_copy.default)
 
 
@@ -71,6 +74,9 @@ class Ledger(TorchDispatchMode):
             return True
         if func.namespace == "c10d":
             self._count(func, args)
+        scratch = torch.empty_like(args[0]) if func in _WITH_SCRATCH else None
+        if scratch is not None:
+            self._note(scratch)
         out = func(*args, **(kwargs or {}))
         if isinstance(out, torch.Tensor):
             self._note(out)

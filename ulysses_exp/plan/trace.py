@@ -83,7 +83,7 @@ def trace(request: Request) -> Trace:
     from ulysses_exp import models, training
     from ulysses_exp.attention import ulysses
     from ulysses_exp.metrics.communication import AllToAllCounter
-    from ulysses_exp.plan import flash, planned_device, tiles, upstream
+    from ulysses_exp.plan import flash, many_ranks, planned_device, tiles, upstream
     from ulysses_exp.plan.ledger import CUDA_BLOCK, Ledger
 
     os.environ.update(RANK="0", LOCAL_RANK="0")  # DeepSpeed asks for them
@@ -102,6 +102,7 @@ def trace(request: Request) -> Trace:
         stack.callback(dist.destroy_process_group)
         deepspeed.init_distributed(dist_backend="fake", auto_mpi_discovery=False)
         stack.enter_context(upstream.told())
+        stack.enter_context(many_ranks.at_once(layout.world))
         if request.few_tiles:
             stack.enter_context(tiles.few())
         if request.gpu:

@@ -8,6 +8,7 @@ Each is a symptom under fake tensors and a fake process group, not a defect in a
 - transformers takes fake tensors for a graph being traced, leaves positions unread and makes a mask of all pairs of
   tokens (masking_utils.find_packed_sequence_indices).
 - DeepSpeed's own exchange is an operator (deepspeed::dim_zero_all_to_all) that on fake tensors sends nothing.
+- DeepSpeed makes the sequence-parallel groups of all ranks, and each takes torch as long as there are ranks.
 """
 
 from __future__ import annotations
@@ -60,11 +61,23 @@ def _exchange(group: Any, tensor: Tensor) -> Tensor:
     return _Exchange.apply(group, tensor.contiguous())
 
 
+def _own_group(make: Callable[..., Any]) -> Callable[..., Any]:
+    """`torch.distributed.new_group`, which returns the same for a group without this rank (0)."""
+
+    def new_group(ranks: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if ranks is not None and 0 not in ranks:
+            return torch.distributed.GroupMember.NON_GROUP_MEMBER
+        return make(ranks, *args, **kwargs)
+
+    return new_group
+
+
 @contextlib.contextmanager
 def told() -> Iterator[None]:
     """Within, they are as described."""
     with (
         patch.object(torch.nn.Module, "_apply", _apply),
+        patch.object(torch.distributed, "new_group", _own_group(torch.distributed.new_group)),
         patch.object(masking_utils, "is_tracing", lambda tensor=None: False),
         patch.object(ulysses_sp, "_dim_zero_all_to_all", _exchange),
         patch.object(partitioned_param_coordinator, "assert_ints_same_as_other_ranks", lambda ints: None),
