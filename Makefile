@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-c
 STAMP := $(VENV)/.installed
 ARGS ?=
 
-.PHONY: run test test-long setup lint bench
+.PHONY: run test test-long setup lint bench audit
 run: setup
 	@$(BIN)/python run.py $(ARGS)
 
@@ -22,6 +22,9 @@ lint: setup
 
 bench: setup
 	@$(BIN)/python benchmarks/speed.py
+
+audit:
+	@PYTHON="$(PYTHON)" .ci/audit
 
 setup: $(STAMP)
 

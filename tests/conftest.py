@@ -16,8 +16,11 @@ from checkout import ROOT
 def command() -> Callable[..., subprocess.CompletedProcess[str]]:
     """Runs `python run.py <overrides>` in a folder; returns the finished process."""
 
-    def run(*overrides: str, cwd: Path, timeout: float = 240) -> subprocess.CompletedProcess[str]:
-        environment = {k: v for k, v in os.environ.items() if not k.startswith(("WANDB_", "RANK", "WORLD_SIZE"))}
+    def run(
+        *overrides: str, cwd: Path, timeout: float = 240, keep: tuple[str, ...] = ()
+    ) -> subprocess.CompletedProcess[str]:
+        dropped = ("WANDB_", "RANK", "WORLD_SIZE")
+        environment = {k: v for k, v in os.environ.items() if k in keep or not k.startswith(dropped)}
         return subprocess.run(
             [sys.executable, str(ROOT / "run.py"), *overrides],
             cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout,

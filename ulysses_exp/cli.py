@@ -9,9 +9,11 @@ import os
 import re
 import sys
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from ulysses_exp.launch.stopping import requests
 
 if TYPE_CHECKING:
     from ulysses_exp.config import Config
@@ -24,47 +26,132 @@ CONF = _HERE / "conf" if (_HERE / "conf").is_dir() else _HERE.parent / "conf"
 
 def main() -> None:
     """Entry point of run.py and of the installed command `ulysses-exp`."""
+    from ulysses_exp.output_trouble import forgiving_streams
+
+    try:
+        with forgiving_streams(), requests.heeded():
+            _command()
+    except KeyboardInterrupt as stop:  # before there was anything to summarise
+        print(f"interrupted by {stop}" if str(stop) else "interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def _command() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach us as exceptions; we say them in a line
-    from hydra._internal.utils import get_args_parser
+    from ulysses_exp import command_line
 
     began = time.time()
-    arguments = get_args_parser().parse_args()
-    if os.environ.get("RANK", "0") != "0" and "launch=attached" in arguments.overrides:
-        from ulysses_exp.launch.attached import serve
-
-        sys.exit(serve())
+    try:
+        arguments = command_line.parse(sys.argv[1:])
+    except Exception as error:
+        _refuse(error, [])
+    sys.argv[1:] = command_line.in_order(sys.argv[1:], arguments)
+    typed, given = sys.argv[1:], list(arguments.overrides)
+    if "launch=attached" in arguments.overrides:
+        leave_to_rank_0(arguments.overrides)
     asks = arguments.help or arguments.hydra_help or arguments.cfg or arguments.info or arguments.shell_completion
+    from ulysses_exp import combinations, output_trouble, run_folder
+    from ulysses_exp.interruption import continue_command
+    from ulysses_exp.redaction import check_overrides
     from ulysses_exp.sweep import Sweep
 
     sweep = Sweep()
     axes: set[str] = set()
+    possible: list[list[str]] | None = None  # the jobs of a sweep that can run, where that is known
     try:
         _register_resolvers(axes)
         if not asks:
-            jobs = sweep_overrides(arguments.overrides, arguments.multirun)
+            check_overrides(arguments.overrides)
+            jobs = sweep_overrides(arguments.overrides, arguments.multirun, _claim)
             if jobs is not None:
                 flags = [word for word in sys.argv[1:] if word not in arguments.overrides]
                 sys.argv[1:] = [*flags, *([] if arguments.multirun else ["-m"]), *jobs]
                 arguments.multirun, arguments.overrides = True, jobs
                 sweep.total = _jobs(jobs)
                 axes.update(override.key_or_group for override in _swept(jobs))
-        _hydra(sweep)
-    except KeyboardInterrupt:
+                possible = _leave_out_the_impossible(jobs, axes, sweep)
+        if possible is None:
+            _hydra(sweep)
+        elif possible:
+            with combinations.only(possible):
+                _hydra(sweep)
+    except KeyboardInterrupt as stop:
         if arguments.multirun:
             print(sweep.summary())
-        print("interrupted", file=sys.stderr)
+        print(f"interrupted by {stop}" if str(stop) else "interrupted", file=sys.stderr)
+        if sweep.folder is not None:
+            folder = sweep.folder.parent if arguments.multirun else sweep.folder
+            if line := continue_command(typed, folder, arguments.multirun):
+                print(line, file=sys.stderr)
         sys.exit(130)
     except Exception as error:
-        message = _user_message(error)
-        if message is None:
-            raise
-        print(message, file=sys.stderr)
-        sys.exit(2)
+        run_folder.abandon()
+        if isinstance(error, OSError) and output_trouble.of_the_place(error):
+            print(output_trouble.said(error), file=sys.stderr)
+            sys.exit(1)
+        _refuse(error, given)
     if arguments.multirun:
-        if not sweep.outcomes:  # another launcher than Hydra's own had them run elsewhere
+        if possible != [] and set(sweep.outcomes) <= {"skipped"}:  # another launcher had them run elsewhere
             sweep.read(_sweep_folder(arguments.overrides), began)
         print(sweep.summary())
     sys.exit(sweep.exit_code())
+
+
+def leave_to_rank_0(overrides: list[str]) -> None:
+    """Ends here, when there is nothing more to do, in every process of `launch=attached` but that of rank 0."""
+    from ulysses_exp.config import ConfigError
+    from ulysses_exp.launch.seat import seat
+
+    try:
+        rank = seat().rank
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+    if rank:
+        from ulysses_exp.launch.attached import serve
+
+        sys.exit(serve(overrides, lambda: _own_configuration(overrides)))
+
+
+def _refuse(error: Exception, overrides: list[str]) -> NoReturn:
+    """Ends with a line or two for a mistake of the user's; raises `error` again where it is one of ours."""
+    from ulysses_exp.redaction import redacted
+    from ulysses_exp.user_errors import user_message
+
+    message = user_message(error, CONF, overrides)
+    if message is None:
+        raise error
+    print(redacted(message), file=sys.stderr)
+    sys.exit(2)
+
+
+def _leave_out_the_impossible(jobs: list[str], axes: Collection[str], sweep: Sweep) -> list[list[str]] | None:
+    """Records the jobs of a sweep that cannot run, and says why; returns those that can, None where that is not known.
+
+    Raises:
+        ConfigError: a value is of no type that its key takes.
+    """
+    from ulysses_exp import before_start, combinations, config, hydra_job
+    from ulysses_exp.sweep import job_name
+
+    def check(of_job: Config) -> None:
+        config.check(of_job)
+        before_start.check(of_job)
+
+    lost = combinations.impossible(jobs, lambda overrides: _composed(overrides)[0], check)
+    if lost is None:
+        return None
+    every = combinations.jobs_of(jobs)
+    folder = _sweep_folder(jobs) if lost else Path()
+    for job in lost:
+        name = job_name(job.overrides, job.number, axes)
+        if len(lost) < len(every):  # a sweep of which nothing can run leaves nothing
+            hydra_job.skip(job.config, folder / name, str(job.error))
+        sweep.add("skipped", name, str(job.error), ran=False)
+    for reason in combinations.reasons(lost):
+        print(reason, flush=True)
+    numbers = {job.number for job in lost}
+    return [job for number, job in enumerate(every) if number not in numbers]
 
 
 def _register_resolvers(axes: Collection[str]) -> None:
@@ -75,8 +162,10 @@ def _register_resolvers(axes: Collection[str]) -> None:
 
     from ulysses_exp.sweep import job_name
 
-    now = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    started = datetime.now()  # Hydra's own ${now:} is another time each time it is asked
+    now = started.strftime("%Y-%m-%d_%H-%M-%S")
     OmegaConf.register_new_resolver("sweep_folder", lambda name: name or now, replace=True)
+    OmegaConf.register_new_resolver("started", started.strftime, replace=True)
 
     def job_folder(overrides: list[str], number: int) -> str:
         return job_name(overrides, number, axes)
@@ -92,11 +181,27 @@ def _name_run(name: str) -> None:
     OmegaConf.register_new_resolver("run_name", lambda composed: name, replace=True)
 
 
-def sweep_overrides(overrides: list[str], multirun: bool) -> list[str] | None:
+def _claim(config: Config | None, folder: Path, key: str) -> None:
+    """Takes the folder of the one job, or, without a `config`, of a sweep, before Hydra writes there."""
+    from ulysses_exp import run_folder
+
+    if config is None:
+        run_folder.lock(folder, key, run_folder.OF_A_SWEEP)
+    else:
+        run_folder.refuse_own(config, folder)
+        run_folder.lock(folder, key)
+
+
+def sweep_overrides(
+    overrides: list[str], multirun: bool, claim: Callable[[Config | None, Path, str], None] | None = None
+) -> list[str] | None:
     """What Hydra is to make the jobs of a sweep from; None for a single job, which has been checked then.
 
     A sweep is what the user asked for with -m, a study, or a job over several run folders. A study brings its own axes;
     Hydra would multiply those that the user also gives, so they are left out.
+
+    Args:
+        claim: called with the configuration of the one job (None: a sweep), its folder, and the key that names it.
 
     Raises:
         ConfigError: the one job cannot run, or several values were given for one.
@@ -108,12 +213,16 @@ def sweep_overrides(overrides: list[str], multirun: bool) -> list[str] | None:
     several = _swept(overrides)
     varied = [override.input_line for override in several]
     plain = [override for override in overrides if override not in varied]
-    axes = _compose(plain, check=not (multirun or several))
+    axes, config, settings = _compose(plain, check=not (multirun or several))
     if not (multirun or sources or axes):
         if several:
             key = several[0].key_or_group
             raise ConfigError(key, "has several values", "add -m to run a job for each")
+        if claim is not None:
+            claim(config, Path(settings.run.dir), "hydra.run.dir")
         return None
+    if claim is not None:
+        claim(None, Path(settings.sweep.dir), "sweep.name" if _names_its_sweep(plain) else "hydra.sweep.dir")
     given = {override.partition("=")[0].lstrip("+~") for override in overrides}
     kept = [f"{key}={values}" for key, values in axes.items() if key not in given]
     return [*kept, *overrides, *(["hydra.sweeper.params=null"] if axes else [])]
@@ -123,35 +232,61 @@ def _swept(overrides: list[str]) -> list[Any]:
     """Those of `overrides`, parsed, that give more than one value."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
-    return [o for o in OverridesParser.create().parse_overrides(overrides) if o.is_sweep_override()]
+    from ulysses_exp.user_errors import check_overrides
+
+    parsed = OverridesParser.create().parse_overrides(overrides)
+    check_overrides(parsed, CONF)
+    return [override for override in parsed if override.is_sweep_override()]
 
 
-def _compose(overrides: list[str], check: bool) -> dict[str, str]:
-    """Composes a job, and checks it before Hydra makes its folder; returns the axes of a study that is a sweep."""
-    from hydra import compose, initialize_config_dir
+def _names_its_sweep(overrides: list[str]) -> bool:
+    return any(override.startswith("sweep.name=") for override in overrides) and not any(
+        override.startswith("hydra.sweep.dir=") for override in overrides
+    )
+
+
+def _compose(overrides: list[str], check: bool) -> tuple[dict[str, str], Config | None, Any]:
+    """Composes a job, and checks it before Hydra makes its folder.
+
+    Returns:
+        The axes of a study that is a sweep, the configuration where it was checked, and Hydra's own settings.
+    """
     from hydra.types import RunMode
+
+    from ulysses_exp import before_start, config, sources
+
+    cfg, of_hydra = _composed(overrides)
+    checked = None
+    if check:
+        checked = config.resolve(sources.inherit(cfg, overrides))
+        before_start.check(checked)
+        _name_run(f"{checked.model.name}-{checked.layout.name}")
+    axes = dict(of_hydra.sweeper.params or {}) if of_hydra.mode == RunMode.MULTIRUN else {}
+    return axes, checked, of_hydra
+
+
+def _composed(overrides: list[str]) -> tuple[Any, Any]:
+    """The configuration of a job, and Hydra's own part of it."""
+    from hydra import compose, initialize_config_dir
     from omegaconf import open_dict
 
-    from ulysses_exp import config, sources
+    from ulysses_exp import config  # noqa: F401  registers the schema
 
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose("config", overrides, return_hydra_config=True)
     of_hydra = cfg.hydra
     with open_dict(cfg):
         del cfg["hydra"]
-    if check:
-        checked = config.resolve(sources.inherit(cfg, overrides))
-        _name_run(f"{checked.model.name}-{checked.layout.name}")
-    return dict(of_hydra.sweeper.params or {}) if of_hydra.mode == RunMode.MULTIRUN else {}
+    return cfg, of_hydra
 
 
 def _jobs(overrides: list[str]) -> int:
     """How many jobs a sweep has: those of the grid, or as many as a sweeper that searches will ask for."""
-    from ulysses_exp.sweep import jobs_of
+    from ulysses_exp.combinations import jobs_of
 
     if any(override.startswith("hydra/sweeper=") for override in overrides):
         return int(_hydra_settings(overrides).sweeper.n_trials)
-    return jobs_of(overrides)
+    return len(jobs_of(overrides))
 
 
 def _sweep_folder(overrides: list[str]) -> Path:
@@ -176,9 +311,26 @@ def _several_sources(overrides: list[str]) -> list[str] | None:
         if key == "checkpoint.source":
             folders = run_folders(value.strip("'\""))
             if len(folders) > 1:
-                choice = ",".join(f"'{folder}'" for folder in folders)
+                choice = ",".join(_quoted(folder) for folder in folders)
                 return [*overrides[:i], f"checkpoint.source={choice}", *overrides[i + 1 :]]
     return None
+
+
+def _quoted(folder: Path) -> str:
+    """As Hydra's grammar reads it back."""
+    text = re.sub(r"(\\+)(?='|$)", r"\1\1", str(folder)).replace("'", "\\'")
+    return f"'{text}'"
+
+
+def _own_configuration(overrides: list[str]) -> Config:
+    """What this process was itself asked for, by its command line and configuration files."""
+    from hydra import compose, initialize_config_dir
+    from omegaconf import OmegaConf
+
+    import ulysses_exp.config  # noqa: F401  registers the schema
+
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return OmegaConf.to_object(compose("config", overrides))  # type: ignore[return-value]
 
 
 def _hydra(sweep: Sweep) -> None:
@@ -197,87 +349,50 @@ def _hydra(sweep: Sweep) -> None:
 
 def _run_job(cfg: Any, sweep: Sweep) -> float | None:
     """One job of Hydra's, in its folder. Returns what a search is to optimize."""
-    import json
-
     from hydra.core.hydra_config import HydraConfig
-    from omegaconf import OmegaConf
     from rich.console import Console
+    from rich.markup import escape
 
+    from ulysses_exp import before_start, hydra_job, output_trouble, run_folder, sources
     from ulysses_exp import config as schema
-    from ulysses_exp import sources
     from ulysses_exp import sweep as sweeps
 
     hydra_config = HydraConfig.get()
-    folder = Path(hydra_config.runtime.output_dir)
+    folder = sweep.folder = Path(hydra_config.runtime.output_dir)
     console = Console()
     multirun = sweep.total > 1 or (hydra_config.mode is not None and hydra_config.mode.name == "MULTIRUN")
     name = folder.name
     try:
         cfg = sources.inherit(cfg, list(hydra_config.overrides.task))
         config = schema.resolve(cfg)
+        before_start.check(config)
     except schema.ConfigError as error:
         if not multirun:
             raise
-        sweeps.clear(folder)
-        (folder / "results.json").write_text(json.dumps(sweeps.skipped(cfg, str(error)), indent=1))
+        hydra_job.skip(cfg, folder, str(error))
         sweep.add("skipped", name, str(error), ran=False)
-        console.print(f"[yellow]skipped[/] {name}: {error}", highlight=False, soft_wrap=True)
+        console.print(f"[yellow]skipped[/] {escape(name)}: {escape(str(error))}", highlight=False, soft_wrap=True)
         return None
-    OmegaConf.save(cfg, folder / ".hydra" / "config.yaml")  # with what it inherits from checkpoint.source
     if multirun and sweeps.finished(config, folder):
-        sweep.add("ok", name, None, ran=False)
-        console.print(f"[green]done[/] {name}", highlight=False, soft_wrap=True)
-        return sweeps.objective(config.optimize.metric, json.loads((folder / "results.json").read_text()))
-    sweeps.clear(folder)
+        return hydra_job.done(config, folder, sweep, console)
     try:
-        results = _launch(config, folder, hydra_config, sweep.headline() if multirun else None, console)
-    except KeyboardInterrupt:
-        sweep.add("interrupted", name, "it runs again when the sweep does")
-        raise
-    sweep.add(results["status"], name, results["error"])
-    return sweeps.objective(config.optimize.metric, results)
-
-
-def _launch(config: Config, folder: Path, hydra_config: Any, headline: str | None, console: Any) -> dict[str, Any]:
-    from ulysses_exp.config import device_of
-    from ulysses_exp.launch.local import warm_up
-
-    if config.launch.name == "local":
-        warm_up(device_of(config))  # the ranks' imports run beside ours
-    from ulysses_exp import job
-    from ulysses_exp.launch import open_ranks
-
-    group = config.sweep.name or hydra_config.runtime.choices.get("experiment")
-    ranks = open_ranks(config)
-    try:
-        return job.run(config, folder, group=group, ranks=ranks, console=console, headline=headline)
-    finally:
-        ranks.close()
-
-
-def _user_message(error: Exception) -> str | None:
-    """One or two lines for a mistake of the user's: the key, what is wrong, what to set. None for a mistake of ours."""
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
-
-    from ulysses_exp.config import ConfigError, known_keys, nearest
-
-    if isinstance(error, ConfigError):
-        return str(error)
-    if not isinstance(error, (HydraException, OmegaConfBaseException)):
+        run_folder.refuse_own(config, folder)
+        run_folder.lock(folder, "sweep.name" if config.sweep.name else "hydra.sweep.dir")
+    except schema.ConfigError as error:
+        if not multirun:
+            raise
+        sweep.add("failed", name, str(error), ran=False)
+        console.print(f"[red]failed[/] {escape(name)}: {escape(str(error))}", highlight=False, soft_wrap=True)
         return None
-    cause: BaseException = error
-    while cause.__cause__ is not None:
-        cause = cause.__cause__
-    text = str(error)
-    if match := re.search(r"Could not override '([^']+)'|Key '([^']+)' is not in struct", text):
-        key = match[1] or getattr(cause, "full_key", None) or match[2]
-        return f"{key}: unknown key; {nearest(key, sorted(known_keys()))}"
-    if match := re.search(r"In '[^']*': Could not find '([^']+)/([^']+)'", text):
-        choices = sorted(p.stem for p in (CONF / match[1]).glob("*.yaml"))
-        return f"{match[1]}: {match[2]!r} is not a choice; {nearest(match[2], choices)}"
-    key = getattr(cause, "full_key", None)
-    first = str(cause).splitlines()[0]
-    if key:
-        return f"{key}: {first}; see python run.py --help"
-    return " ".join(text.split("\n")[:2])
+    try:
+        headline = sweep.headline() if multirun else None
+        return hydra_job.run(cfg, config, hydra_config, sweep, console, headline)
+    except OSError as error:
+        if not output_trouble.of_the_place(error):
+            raise
+        sweep.add("failed", name, output_trouble.said(error, folder))
+        said = escape(f"{name}: {output_trouble.said(error, folder)}")
+        console.print(f"[red]failed[/] {said}", highlight=False, soft_wrap=True)
+        return None
+    finally:
+        run_folder.release(folder)

@@ -12,8 +12,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -21,10 +21,12 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from ulysses_exp.layout import Layout
+from ulysses_exp.paths import matching
 
 STAGES = ("train", "eval", "reload", "parity", "plan")
 #: DeepSpeed makes lists of all ranks: tracing takes time and memory in proportion to them.
 PLANNED_RANKS = 4096
+DATA = ("text", "packed", "synthetic", "hub")
 EVAL_MODES = ("bypass", "sp", "both", "auto", "none")
 
 
@@ -40,6 +42,14 @@ class ConfigError(Exception):
         return f"{key}: {problem}; {instead}"
 
 
+def _door(closed: Any, opens: Callable[[Any], bool] = bool) -> Any:
+    """A setting that can let somebody else's code in, or data out; `opens` says which values do.
+
+    It is opened by the user of a job alone, never by a run folder that the job starts from.
+    """
+    return field(default=closed, metadata={"opens": opens})
+
+
 @dataclass
 class ModelConfig:
     name: str = MISSING
@@ -48,13 +58,15 @@ class ModelConfig:
     )  # model_type and the arguments of its transformers config
     name_or_path: str | None = None  # a local folder or a hub name; then `architecture` overrides its configuration
     pretrained: bool = True  # with name_or_path: load its weights, or only its shape with random weights
-    trust_remote_code: bool = False
+    trust_remote_code: bool = _door(False)
+    # names or patterns of pretrained weights that may be missing, left over, of another shape or not finite
+    allow_missing: list[str] = field(default_factory=list)
 
 
 @dataclass
 class SequenceParallelConfig:
     size: int = 2
-    attention: str = "sdpa"
+    attention: str = _door("sdpa", lambda name: "/" in str(name))  # a name with a slash is code on a hub
     exchange: str = "fused"
 
 
@@ -109,6 +121,7 @@ class TrainConfig:
     global_batch_size: int = 4
     micro_batch_size: int = 1
     precision: str = "fp32"
+    on_nonfinite: str = "stop"  # a step whose loss or gradient norm is not finite: stop, skip its update, or keep going
     unmeasured_steps: int = 3  # first steps left out of medians: allocators and caches warm up
     log_every: int = 1  # steps between two looks at the device's figures; their times are means over the interval
     compile: bool = False  # torch.compile decoder layers; a minute on CPU, seconds where TORCHINDUCTOR_CACHE_DIR has it
@@ -143,7 +156,8 @@ class CheckpointConfig:
     source: str | None = None
     every: int = 0  # optimizer steps between saves during training, 0: only at the end
     keep: int = 2
-    trust_pickle: bool = False  # open DeepSpeed's own (pickled) files of `source`
+    on_signal_s: int = 120  # seconds for a checkpoint after SIGTERM, SIGHUP, SIGUSR1 or SIGUSR2; 0: none is saved
+    trust_pickle: bool = _door(False)  # open DeepSpeed's own (pickled) files of `source`
 
 
 @dataclass
@@ -167,7 +181,7 @@ class PlanConfig:
 
 @dataclass
 class TrackerConfig:
-    mode: str = "offline"
+    mode: str = _door("offline", lambda mode: mode == "online")
     project: str = "ulysses-exp"
     entity: str | None = None
     tags: list[str] = field(default_factory=list)
@@ -176,7 +190,7 @@ class TrackerConfig:
 @dataclass
 class LaunchConfig:
     name: str = MISSING
-    timeout_s: int = 600  # a collective that waits longer fails: one rank has stalled
+    timeout_s: int = 600  # ranks that neither compute nor give a sign of life for longer end the job
     cluster: str = "slurm"  # submitit's: slurm, or local to try a submission on this machine
     partition: str | None = None
     account: str | None = None
@@ -261,6 +275,13 @@ def accelerators() -> int:
     return min(present, len(chosen))
 
 
+def attached_ranks() -> int | None:
+    """How many ranks torchrun or srun says that it has started; None where it says nothing."""
+    names = (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS"))
+    said = next((os.environ.get(world, "") for rank, world in names if rank in os.environ), "")
+    return int(said) if said.isdecimal() else None
+
+
 def device_of(config: Config) -> str:
     """What `device=auto` means on this machine: `cuda` or `cpu`."""
     if config.device != "auto":
@@ -279,6 +300,18 @@ def known_keys(node: type = Config, prefix: str = "") -> Iterator[str]:
         yield prefix + name
         if is_dataclass(kind):
             yield from known_keys(kind, f"{prefix}{name}.")  # type: ignore[arg-type]
+
+
+def doors(node: type = Config, prefix: str = "") -> dict[str, Callable[[Any], bool]]:
+    """Every key that can let code in or data out, with what tells whether a value does."""
+    found: dict[str, Callable[[Any], bool]] = {}
+    for f in fields(node):
+        kind = get_type_hints(node)[f.name]
+        if is_dataclass(kind):
+            found |= doors(kind, f"{prefix}{f.name}.")  # type: ignore[arg-type]
+        elif "opens" in f.metadata:
+            found[prefix + f.name] = f.metadata["opens"]
+    return found
 
 
 def nearest(word: str, choices: list[str]) -> str:
@@ -305,17 +338,25 @@ def _unknown(cfg: DictConfig) -> None:
     walk(OmegaConf.to_container(cfg, resolve=False), Config, "")  # type: ignore[arg-type]
 
 
+def typed(cfg: DictConfig) -> Config:
+    """The configuration as an object. Raises ConfigError for unknown keys and for keys without a value."""
+    _unknown(cfg)
+    missing = sorted(OmegaConf.missing_keys(cfg))
+    if missing:
+        raise ConfigError(missing[0], "has no value", f"set {missing[0]}=...")
+    return OmegaConf.to_object(cfg)  # type: ignore[return-value]
+
+
 def resolve(cfg: DictConfig) -> Config:
     """The typed and checked configuration of one job, its defaults filled in.
 
     Raises:
         ConfigError: it cannot run; nothing has been started or written.
     """
-    _unknown(cfg)
-    missing = sorted(OmegaConf.missing_keys(cfg))
-    if missing:
-        raise ConfigError(missing[0], "has no value", f"set {missing[0]}=...")
-    config: Config = OmegaConf.to_object(cfg)  # type: ignore[assignment]
+    config = typed(cfg)
+    from ulysses_exp import redaction
+
+    redaction.check_configuration(asdict(config))
     check(config)
     if config.reload.layouts is None:
         config.reload.layouts = [layout.name for layout in default_targets(config)]
@@ -350,13 +391,21 @@ def architecture(config: Config) -> dict[str, Any]:
     if model.name_or_path is None:
         return dict(model.architecture)
     path = Path(model.name_or_path).expanduser() / "config.json"
-    return (json.loads(path.read_text()) if path.is_file() else {}) | model.architecture
+    try:
+        saved = json.loads(path.read_text()) if path.is_file() else {}
+    except (OSError, ValueError, RecursionError) as error:
+        saved = str(error)
+    if not isinstance(saved, dict):
+        problem = f"{path} is no model's configuration"
+        raise ConfigError("model.name_or_path", problem, "set a folder whose config.json is one, or a hub name")
+    return saved | model.architecture
 
 
 def text_architecture(config: Config) -> dict[str, Any]:
     """`architecture` of the part that reads text, where the model has others."""
     known = architecture(config)
-    return known.get("text_config", known)
+    text = known.get("text_config", known)
+    return text if isinstance(text, dict) else known
 
 
 #: Settings of heads that a causal LM does not have.
@@ -387,17 +436,13 @@ def heads(config: Config) -> tuple[int, int] | None:
     """(query heads, KV heads) where the architecture tells, else None."""
     known = text_architecture(config)
     query = known.get("num_attention_heads")
-    return None if query is None else (int(query), int(known.get("num_key_value_heads") or query))
+    kv = known.get("num_key_value_heads") or query
+    return (query, kv) if isinstance(query, int) and isinstance(kv, int) else None  # some have a number for each layer
 
 
 def _choice(key: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise ConfigError(key, f"{value!r} is not a choice", nearest(value, list(choices)))
-
-
-def _at_least(key: str, value: float, least: float) -> None:
-    if value < least:
-        raise ConfigError(key, f"{value} is too small", f"set at least {least}")
+        raise ConfigError(key, f"{value[:60]!r} is not a choice", nearest(value, list(choices)))
 
 
 def check_layout(config: Config, layout: Layout, key: str) -> None:
@@ -432,83 +477,54 @@ def check_layout(config: Config, layout: Layout, key: str) -> None:
             f"{layout.name} needs {layout.world} GPUs, {accelerators()} are present",
             "set device=cpu, or smaller sp.size and dp.size",
         )
+    if config.launch.name == "attached" and layout.world > (there := attached_ranks() or layout.world):
+        raise ConfigError(
+            key, f"{layout.name} needs {layout.world} ranks, {there} are attached", "set smaller sp.size and dp.size"
+        )
     if config.launch.name == "local" and layout.world > 64:
         raise ConfigError(
             key, f"{layout.world} ranks on one machine", "set sp.size x dp.size to at most 64, or launch=attached"
         )
 
 
-#: Smallest value of each number
-_LEAST = {
-    "train.seq_len": 2,
-    "train.steps": 1,
-    "train.global_batch_size": 1,
-    "train.micro_batch_size": 1,
-    "train.unmeasured_steps": 0,
-    "train.log_every": 1,
-    "longest.steps": 1,
-    "eval.sequences": 1,
-    "optim.lr": 0,
-    "optim.grad_clip": 0,
-    "optim.warmup_steps": 0,
-    "optim.weight_decay": 0,
-    "optim.momentum": 0,
-    "reload.steps": 0,
-    "parity.steps": 1,
-    "checkpoint.every": 0,
-    "checkpoint.keep": 1,
-    "launch.timeout_s": 1,
-    "launch.gpus_per_node": 1,
-    "launch.time_min": 1,
-    "memory.tiled_mlp": -1,
-    "memory.tiled_loss": -1,
-    "data.mean_document": 2,
-    "seed": 0,
-}
-
-
 def check(config: Config) -> None:
     """Raises ConfigError for the first rule that the configuration breaks. Touches no accelerator, starts nothing."""
+    from ulysses_exp import bounds, model_rules
+
     c = config
+    bounds.check(c)
     for stage in c.stages:
         _choice("stages", stage, STAGES)
     if len(set(c.stages)) != len(c.stages) or not c.stages:
         raise ConfigError("stages", "needs each stage once" if c.stages else "is empty", "set e.g. stages=[train,eval]")
-    _at_least("sp.size", c.sp.size, 1)
-    _at_least("dp.size", c.dp.size, 1)
-    if c.zero.stage not in (0, 1, 2, 3):
-        raise ConfigError("zero.stage", f"{c.zero.stage} is not a ZeRO stage", "set 0, 1, 2 or 3")
     if c.zero.offload_optimizer and c.zero.stage == 0:
         raise ConfigError("zero.offload_optimizer", "stage 0 shards no optimizer states", "set zero.stage to 1, 2 or 3")
-    if c.zero.param_persistence_threshold < 0:
-        raise ConfigError("zero.param_persistence_threshold", "is a number of elements", "set 0 or more")
     if c.zero.offload_parameters and c.zero.stage != 3:
         raise ConfigError("zero.offload_parameters", f"stage {c.zero.stage} shards no weights", "set zero.stage=3")
+    _choice("data.name", c.data.name, DATA)
+    _choice("optim.name", c.optim.name, ("adamw", "sgd"))
+    _choice("launch.name", c.launch.name, ("local", "attached", "slurm"))
     _choice("sp.exchange", c.sp.exchange, ("deepspeed", "fused"))
     _choice("eval.mode", c.eval.mode, EVAL_MODES)
     _choice("device", c.device, ("auto", "cpu", "cuda"))
     _choice("train.precision", c.train.precision, ("fp32", "bf16"))
+    _choice("train.on_nonfinite", c.train.on_nonfinite, ("stop", "skip", "keep"))
     _choice("tracker.mode", c.tracker.mode, ("offline", "online", "disabled"))
     _choice("launch.cluster", c.launch.cluster, ("slurm", "local"))
     _choice("sweep.rerun", c.sweep.rerun, ("changed", "failed", "all"))
     _choice("data.padding", c.data.padding, ("none", "left", "right"))
     _choice("memory.checkpointing", c.memory.checkpointing, ("none", "non_reentrant", "reentrant"))
     _choice("optim.schedule", c.optim.schedule, ("constant", "linear", "cosine"))
-    for key, least in _LEAST.items():
-        group, _, name = key.rpartition(".")
-        value = getattr(getattr(c, group) if group else c, name)
-        _at_least(key, value, least)
     if c.train.profile and c.train.steps < 3:
         raise ConfigError("train.profile", f"needs 3 steps, not {c.train.steps}", "set train.steps=3")
     if c.train.compile and device_of(c) == "cpu" and not any(map(shutil.which, ("g++", "c++", "clang++"))):
         raise ConfigError("train.compile", "needs a C++ compiler on CPU", "install g++, or set train.compile=false")
     _check_longest(c)
+    if c.optim.schedule != "constant" and c.optim.warmup_steps >= c.train.steps:
+        problem = f"{c.optim.warmup_steps} steps leave none of train.steps={c.train.steps} to optim.schedule"
+        raise ConfigError("optim.warmup_steps", problem, "set fewer, or more train.steps")
     if c.optim.name == "adamw" and c.optim.momentum:
         raise ConfigError("optim.momentum", "AdamW has betas instead", "set optim.beta1, or optim=sgd")
-    if not 0 <= c.data.ignore_labels < 1:
-        raise ConfigError(
-            "data.ignore_labels", f"{c.data.ignore_labels} is not a share", "set 0 <= data.ignore_labels < 1"
-        )
     if c.memory.offload_activations and c.memory.checkpointing == "none":
         raise ConfigError(
             "memory.offload_activations", "nothing is checkpointed", "set memory.checkpointing=non_reentrant"
@@ -531,7 +547,12 @@ def check(config: Config) -> None:
     if c.data.name == "packed" and c.data.padding != "none":
         # transformers sees documents only where there is no padding mask: sp 1 and sp 2 would train different models
         raise ConfigError("data.padding", "packed sequences are full", "set data.padding=none, or data=text")
-    check_objective(c, text_architecture(c))
+    from ulysses_exp import foreign
+
+    foreign.check(c)
+    known = text_architecture(c)
+    model_rules.check_given(c, known)
+    check_objective(c, known)
     if c.data.name == "hub" and not c.data.dataset:
         raise ConfigError("data.dataset", "data=hub names no dataset", "set a local folder or a hub name")
     if c.model.name_or_path is None and "model_type" not in c.model.architecture:
@@ -543,12 +564,12 @@ def check(config: Config) -> None:
             "data", "data=hub needs the package datasets", "pip install 'ulysses-exp[hub]', or set data=text"
         )
     bytes_wanted = c.data.name in ("text", "packed") and c.data.tokenizer is None and c.model.name_or_path is None
-    if bytes_wanted and int(c.model.architecture.get("vocab_size", 256)) < 256:
+    if bytes_wanted and int(c.model.architecture.get("vocab_size") or 256) < 256:
         raise ConfigError("model.architecture.vocab_size", "is smaller than the 256 byte tokens", "set at least 256")
     if set(c.stages) != {"plan"}:
         check_layout(c, c.layout, "sp.size")
     else:
-        check_layout(replace(c, launch=replace(c.launch, name="attached")), c.layout, "sp.size")
+        check_layout(replace(c, launch=replace(c.launch, name="slurm")), c.layout, "sp.size")  # not of this machine
     if "plan" in c.stages:
         from ulysses_exp.plan.hardware import load
 
@@ -574,17 +595,14 @@ def check(config: Config) -> None:
                 f"stage {stage} without train has nothing to work on",
                 "set checkpoint.source=<run folder>",
             )
-    if c.checkpoint.source is not None and not glob.glob(os.path.expanduser(c.checkpoint.source)):
+    if c.checkpoint.source is not None and not matching(c.checkpoint.source):
         raise ConfigError(
-            "checkpoint.source", f"{c.checkpoint.source} does not exist", "set a run folder, e.g. outputs/..."
+            "checkpoint.source",
+            f"{c.checkpoint.source!r} does not exist",
+            "set a run folder, e.g. outputs/...",
         )
     if "train" in c.stages and {"eval", "reload"} & set(c.stages[: c.stages.index("train")]):
         raise ConfigError("stages", "eval and reload come before train", "set stages=[train,eval,reload]")
-    for key, value in (("tracker.project", c.tracker.project), ("sweep.name", c.sweep.name)):
-        if value is not None and not re.fullmatch(r"[\w.-]+", value):
-            raise ConfigError(
-                key, f"{value!r} is not a plain name", "use letters, digits, dots, dashes and underscores"
-            )
 
 
 def _check_longest(c: Config) -> None:
@@ -597,10 +615,6 @@ def _check_longest(c: Config) -> None:
         raise ConfigError(
             "longest.search", "attached ranks cannot be replaced when memory runs out", "set launch=local"
         )
-    if not 0 < c.longest.within < 1:
-        raise ConfigError("longest.within", f"{c.longest.within} is not a share", "set e.g. longest.within=0.05")
-    if c.longest.memory_gib is not None and c.longest.memory_gib <= 0:
-        raise ConfigError("longest.memory_gib", f"{c.longest.memory_gib} is no memory", "set e.g. 0.25")
     if c.longest.memory_gib is None and device_of(c) == "cpu" and c.launch.name == "local":
         raise ConfigError(
             "longest.memory_gib", "ranks on CPU share the machine's memory", "set e.g. longest.memory_gib=0.25"

@@ -19,6 +19,7 @@ except ImportError:
 
 from ulysses_exp.report.pictures import names
 from ulysses_exp.tracking import PROBE_S, unreachable
+from ulysses_exp.wandb_server import foreign_settings, server
 
 NAME = "Ulysses: layouts compared"
 
@@ -134,7 +135,9 @@ def main() -> int:
         return 0
     import wandb
 
-    problem = unreachable(wandb.setup(wandb.Settings(silent=True)).settings.base_url, PROBE_S)
+    base_url = server()
+    wandb.setup(wandb.Settings(silent=True, base_url=base_url))
+    problem = foreign_settings(base_url) or unreachable(base_url, PROBE_S)
     if problem is not None:
         print(f"W&B is not reachable ({problem}); nothing was saved", file=sys.stderr)
         return 1

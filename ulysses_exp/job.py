@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import subprocess
 import sys
 import threading
@@ -17,9 +18,16 @@ from typing import Any
 
 from rich.console import Console
 
+from ulysses_exp import continuing, lineage, redaction, sources, strict_json
+from ulysses_exp.checkpoints.errors import CheckpointError
+from ulysses_exp.checkpoints.manifest import Manifest
 from ulysses_exp.config import Config, ConfigError, device_of, text_architecture
+from ulysses_exp.continuing import Earlier
 from ulysses_exp.launch import RankFailure, Ranks, Task
+from ulysses_exp.launch.supervision import stopped_at
 from ulysses_exp.layout import REFERENCE, Layout
+from ulysses_exp.output_trouble import of_the_place, said
+from ulysses_exp.received import Refused
 from ulysses_exp.report.terminal import Progress, summary
 from ulysses_exp.sweep import fingerprint
 from ulysses_exp.tracking import Tracker
@@ -44,15 +52,33 @@ class Source:
 
 
 def run(
-    config: Config, folder: Path, *, group: str | None, ranks: Ranks, console: Console, headline: str | None = None
+    config: Config,
+    folder: Path,
+    *,
+    group: str | None,
+    ranks: Ranks,
+    console: Console,
+    headline: str | None = None,
+    earlier: Earlier | None = None,
 ) -> dict[str, Any]:
     """Runs the stages of `config` in order and writes results.json; returns what it wrote.
 
-    A stage that fails is recorded with its reason and the stages that do not need it go on. Raises KeyboardInterrupt
-    after results.json says `interrupted`.
+    A stage that fails is recorded with its reason and the stages that do not need it go on.
+
+    Args:
+        earlier: what earlier attempts of the job left in `folder` to go on from.
+
+    Raises:
+        KeyboardInterrupt: after results.json says `interrupted`.
+        OSError: nothing can be written to `folder` from the start.
     """
-    job = Job(config, folder, ranks)
+    job = Job(config, folder, ranks, earlier)
+    job.write()
+    if earlier is not None:
+        continuing.tidy(folder, earlier)
     with _run_log(folder), Progress(console, headline) as progress:
+        if earlier is not None:
+            progress.note(f"continues at step {earlier.step} of {config.train.steps}")
         tracker = Tracker(
             config,
             folder,
@@ -64,7 +90,8 @@ def run(
         )
         with tracker:
             try:
-                with following(folder / "metrics.jsonl", progress, tracker):
+                known = len(earlier.lines) if earlier is not None else 0
+                with following(folder / "metrics.jsonl", progress, tracker, known):
                     job.run(progress)
             finally:
                 tracker.finish(job.results, failed=job.results["status"] != "ok")
@@ -75,12 +102,12 @@ def run(
 class Job:
     """The results of a job as they come in, and the tasks that bring them."""
 
-    def __init__(self, config: Config, folder: Path, ranks: Ranks):
-        self.config, self.folder, self.ranks = config, folder, ranks
+    def __init__(self, config: Config, folder: Path, ranks: Ranks, earlier: Earlier | None = None):
+        self.config, self.folder, self.ranks, self.earlier = config, folder, ranks, earlier
         self.results: dict[str, Any] = {
             "schema_version": 1,
-            "status": "failed",
-            "error": "did not finish",
+            "status": "running",
+            "error": None,
             "layout": config.layout.as_dict(),
             "model": _model_before_start(config),
             "versions": {
@@ -93,6 +120,10 @@ class Job:
             "started": time.time(),
             "stages": {},
         }
+        if earlier is not None:
+            self.results.update(earlier.session)
+            if earlier.train is not None:
+                self.results["stages"]["train"] = earlier.train
         self._main: Task | None = None
         self._longest: dict[str, Any] = {}  # what the search for the longest sequence adds to the train stage
 
@@ -105,10 +136,10 @@ class Job:
                     continue
                 progress.start(stage, self.config.train.steps if stage == "train" else None)
                 self.run_stage(stage, progress.note)
-                self.write()
-        except KeyboardInterrupt:
+                self._write_if_possible()
+        except KeyboardInterrupt as stop:
             self._collect()
-            self.results.update(status="interrupted", error="interrupted")
+            self._interrupted(str(stop))
             raise
         finally:
             self.finish()
@@ -130,6 +161,8 @@ class Job:
         except Exception as error:
             log.exception("stage %s failed", stage)
             reason = f"{type(error).__name__}: {error} (a defect of ulysses-exp; the trace is in run.log)"
+            if isinstance(error, OSError) and of_the_place(error):
+                reason = said(error)
             self.results["stages"][stage] = {"status": "failed", "reason": reason}
         result = self.results["stages"][stage]
         if stage == "train":
@@ -165,7 +198,9 @@ class Job:
             self.results["stages"]["eval"] = {"status": "ok", "mode": "none"}
             return
         self._needs("train")
-        task = Task("eval", self.config, ("eval",), self.folder, self._source_options() | self._eval_options(note))
+        trained = self.results["stages"].get("train")  # then its own task has ended before it came to this
+        of_source = {"checkpoint": str(self.folder / trained["checkpoint"])} if trained else self._source_options()
+        task = Task("eval", self.config, ("eval",), self.folder, of_source | self._eval_options(note))
         self._main = self._main or task
         self._do(task)
         self.results["stages"]["eval"] = _read(task.results / "eval.json")
@@ -214,7 +249,7 @@ class Job:
         out = self.folder / "ranks" / "huggingface.json"
         out.parent.mkdir(exist_ok=True)
         command = [
-            sys.executable, "-m", "ulysses_exp.checkpoints.huggingface_check", str(source.checkpoint),
+            sys.executable, "-P", "-m", "ulysses_exp.checkpoints.huggingface_check", str(source.checkpoint),
             "--out", str(out), "--wait",
         ]  # fmt: skip
         pipe = subprocess.PIPE
@@ -236,16 +271,23 @@ class Job:
             return {"route": "huggingface", "status": "failed", "reason": reason, "weights_bit_exact": None,
                     "optimizer_bit_exact": None, "seconds": seconds}  # fmt: skip
         result = _read(out)
-        exact = result["weights_bit_exact"]
+        problems = []
+        if not result["weights_bit_exact"]:
+            problems.append("the weights that from_pretrained loads are not those that were trained")
+        if changes := result.get("config_changed"):
+            problems.append(f"huggingface/config.json is not as it was saved ({'; '.join(changes)})")
+        if (logits := result.get("logits")) not in ("ok", "not recorded"):
+            although = ", although the weights are equal" if result["weights_bit_exact"] else ""
+            problems.append(f"{logits}{although}")
         cell = {
             "route": "huggingface",
-            "status": "ok" if exact else "failed",
+            "status": "failed" if problems else "ok",
             "optimizer_bit_exact": None,
             "seconds": seconds,
             **result,
         }
-        if not exact:
-            cell["reason"] = "the weights that from_pretrained loads are not those that were trained"
+        if problems:
+            cell["reason"] = "; ".join(problems)
         return cell
 
     def _parity(self, note: Callable[[str], None]) -> None:
@@ -299,30 +341,43 @@ class Job:
         return {"bypassed_evaluation_bytes": bypassed_evaluation_bytes(self.config)}
 
     def _source_options(self) -> dict[str, Any]:
+        if self.earlier is not None:
+            return {"checkpoint": str(self.earlier.checkpoint)}
         if self.config.checkpoint.source is None:
             return {}
-        return {"checkpoint": str(_checkpoint_of(Path(self.config.checkpoint.source).expanduser()))}
+        checkpoint = _checkpoint_of(self.config.checkpoint.source)
+        return {"checkpoint": str(checkpoint), "data_chosen": lineage.overridden(self.folder, "data")}
 
     def _source(self, note: Callable[[str], None]) -> Source:
-        train = self.results["stages"].get("train")
-        if train is not None:
-            losses = _read_if_there(self.folder / "ranks" / "main" / "continuation.json").get("loss")
-            return Source(self.folder / train["checkpoint"], self.config.layout, losses)
-        run_folder = Path(self.config.checkpoint.source or "").expanduser()
-        checkpoint = _checkpoint_of(run_folder)
-        results = _read_if_there(run_folder / "results.json")
-        try:
-            layout = Layout.parse(_read(checkpoint / "manifest.json")["layout"])
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise StageFailure(f"{checkpoint / 'manifest.json'} is no checkpoint's manifest ({error})") from error
-        losses = results.get("stages", {}).get("train", {}).get("continuation_loss")
-        if (losses is None or len(losses) < self.config.reload.steps) and self.config.reload.steps:
-            note(f"continuing {run_folder.name} at {layout} for comparison")
+        train = self.results["stages"].get("train") or {}
+        losses, same = None, True
+        if train.get("checkpoint"):
+            folder, checkpoint = self.folder, self.folder / train["checkpoint"]
+            saved, losses = self.config.layout, train.get("continuation_loss")
+        else:
+            folder = sources.run_folders(self.config.checkpoint.source or "")[0]
+            checkpoint = _checkpoint_of(str(folder))
+            try:
+                manifest = Manifest.read(checkpoint)
+            except CheckpointError as error:
+                raise StageFailure(str(error)) from error
+            saved = Layout.parse(manifest.layout)
+            # losses of another configuration, e.g. of sequences of another length, are no losses to compare with
+            same = lineage.changed(manifest.state, self.config) == {}
+            try:
+                losses = sources.continuation_losses(folder, self.config.reload.steps)
+            except Refused as error:
+                note(f"{error}; its losses are computed again")
+        if (losses is None or len(losses) < self.config.reload.steps or not same) and self.config.reload.steps:
+            layout = sources.comparison_layout(self.config, saved)
+            note(f"continuing {folder.name} at {layout} for comparison")
             task = Task("continuation", self.config.at(layout), ("continuation",), self.folder,
-                        {"checkpoint": str(checkpoint)})  # fmt: skip
+                        {"checkpoint": str(checkpoint), "data_chosen": True})  # fmt: skip
             self._do(task)
             losses = _read(task.results / "continuation.json")["loss"]
-        return Source(checkpoint, layout, losses)
+            if train.get("checkpoint"):
+                train["continuation_loss"] = losses
+        return Source(checkpoint, saved, losses)
 
     def _collect(self) -> None:
         """Takes over what the main task has left so far, also when a later part of it failed."""
@@ -331,9 +386,20 @@ class Job:
         self._describe(self._main)
         for work in ("train", "eval"):
             if result := _read_if_there(self._main.results / f"{work}.json"):
+                if work == "train" and self.earlier is not None and self.earlier.train is None:
+                    result = continuing.joined(result, self.folder, self.config, self.earlier)
                 self.results["stages"].setdefault(work, result)
         if losses := _read_if_there(self._main.results / "continuation.json").get("loss"):
             self.results["stages"]["train"]["continuation_loss"] = losses
+
+    def _interrupted(self, signal: str) -> None:
+        """Says so, and which checkpoint training was stopped at."""
+        text = f"interrupted by {signal}" if signal else "interrupted"
+        self.results.update(status="interrupted", error=text)
+        log.warning(text)
+        if self._main is not None and (stopped := stopped_at(self._main)) is not None:
+            reason = f"{text} after step {stopped['step']}"
+            self.results["stages"].setdefault("train", {"status": "interrupted", "reason": reason, **stopped})
 
     def _describe(self, task: Task) -> None:
         self.results.update(_read_if_there(task.results / "session.json"))
@@ -350,13 +416,31 @@ class Job:
                 f"stage {failed[0]}: {stages.get(failed[0], {}).get('reason', 'did not run')}" if failed else None
             )
         self.results["seconds"] = round(time.time() - self.results["started"], 3)
-        self.write()
+        if (problem := self._write_if_possible()) is not None:
+            before = self.results["error"]
+            self.results.update(status="failed", error=f"{before}; {problem}" if before else problem)
 
     def write(self) -> None:
-        """results.json, whole or not at all."""
+        """results.json, whole or not at all. Raises OSError."""
+        self.results = redaction.redacted_results(self.results)
         temporary = self.folder / "results.json.tmp"
-        temporary.write_text(json.dumps(self.results, indent=1, allow_nan=True))
-        temporary.replace(self.folder / "results.json")
+        try:
+            temporary.write_text(strict_json.dumps(self.results, indent=1))
+            temporary.replace(self.folder / "results.json")
+        except OSError as error:
+            error.filename = str(self.folder / "results.json")
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            raise
+
+    def _write_if_possible(self) -> str | None:
+        """Writes results.json; returns why it cannot be written."""
+        try:
+            self.write()
+        except OSError as error:
+            log.error("results.json cannot be written: %s", error)
+            return said(error)
+        return None
 
 
 def judged(cell: dict[str, Any], uninterrupted: list[float] | None, tolerance: float) -> dict[str, Any]:
@@ -368,10 +452,15 @@ def judged(cell: dict[str, Any], uninterrupted: list[float] | None, tolerance: f
         problems.append("weights are not bit-exact")
     if cell["optimizer_bit_exact"] is False:
         problems.append("optimizer states are not bit-exact")
-    if uninterrupted and losses:
-        differences = [abs(a - b) for a, b in zip(losses, uninterrupted, strict=False)]
+    expected = uninterrupted or []
+    if losses and not expected:
+        problems.append("the uninterrupted run has left no losses to compare with")
+    elif losses and not all(map(_is_finite, [*losses, *expected])):
+        problems.append("the next losses are not finite")
+    elif losses:
+        differences = [abs(a - b) for a, b in zip(losses, expected, strict=False)]
         cell["continuation_max_abs_loss_diff"] = max(differences)
-        if max(d / max(abs(b), 1e-30) for d, b in zip(differences, uninterrupted, strict=False)) > tolerance:
+        if max(d / max(abs(b), 1e-30) for d, b in zip(differences, expected, strict=False)) > tolerance:
             problems.append(f"the next losses differ by {max(differences):.2e} from the uninterrupted run's")
     cell["status"] = "failed" if problems else "ok"
     if problems:
@@ -379,9 +468,17 @@ def judged(cell: dict[str, Any], uninterrupted: list[float] | None, tolerance: f
     return cell
 
 
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
 @contextlib.contextmanager
-def following(path: Path, progress: Progress, tracker: Tracker) -> Iterator[None]:
-    """While open, hands every line that rank 0 adds to metrics.jsonl to the terminal and to the tracker."""
+def following(path: Path, progress: Progress, tracker: Tracker, known: int = 0) -> Iterator[None]:
+    """While open, hands every line that rank 0 adds to metrics.jsonl to the terminal and to the tracker.
+
+    Args:
+        known: first lines that earlier attempts of the job have shown; the tracker, which has a new run, gets them.
+    """
     done = threading.Event()
 
     def follow() -> None:
@@ -389,7 +486,7 @@ def following(path: Path, progress: Progress, tracker: Tracker) -> Iterator[None
             if done.wait(0.05):
                 return
         with path.open() as file:
-            rest = ""
+            rest, old = "", known
             while True:
                 last = done.is_set()  # read once more after the ranks have ended
                 rest += file.read()
@@ -398,7 +495,10 @@ def following(path: Path, progress: Progress, tracker: Tracker) -> Iterator[None
                     metrics = json.loads(line)
                     step = metrics.pop("step")
                     tracker.log(metrics, step)
-                    progress.step({"step": step, **metrics})
+                    if old:
+                        old -= 1
+                    else:
+                        progress.step({"step": step, **metrics})
                 if last:
                     return
                 done.wait(0.1)
@@ -415,15 +515,17 @@ def following(path: Path, progress: Progress, tracker: Tracker) -> Iterator[None
 @contextlib.contextmanager
 def _run_log(folder: Path) -> Iterator[None]:
     """run.log: what happened, with the full traces that the terminal is spared."""
+    logging.raiseExceptions = False  # a full disk would print a trace onto the terminal for every line of a log
     handler = logging.FileHandler(folder / "run.log")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handler.setFormatter(redaction.Redacting("%(asctime)s %(levelname)s %(message)s"))
     log.setLevel(logging.INFO)
     log.addHandler(handler)
     try:
         yield
     finally:
         log.removeHandler(handler)
-        handler.close()
+        with contextlib.suppress(OSError):
+            handler.close()
 
 
 def _installed(name: str) -> bool:
@@ -449,19 +551,18 @@ def _model_before_start(config: Config) -> dict[str, Any]:
     }
 
 
-def _checkpoint_of(run_folder: Path) -> Path:
-    """The newest checkpoint of a run folder, or the folder itself where it is one. Raises StageFailure."""
-    if (run_folder / "manifest.json").exists():
-        return run_folder
-    latest = run_folder / "checkpoints" / "latest"
-    if not latest.exists():
-        raise StageFailure(f"{run_folder} holds no checkpoint (no checkpoints/latest)")
-    return latest.parent / latest.read_text().strip()
+def _checkpoint_of(source: str) -> Path:
+    """The newest checkpoint of what `checkpoint.source` names. Raises StageFailure."""
+    folders = sources.run_folders(source)
+    try:
+        return sources.newest_checkpoint(folders[0] if folders else Path(source).expanduser())
+    except Refused as error:
+        raise StageFailure(str(error)) from error
 
 
 def _append(path: Path, entry: dict[str, Any]) -> None:
     with path.open("a") as file:
-        file.write(json.dumps(entry) + "\n")
+        file.write(strict_json.dumps(entry) + "\n")
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-_NAME = re.compile(r"sp(\d+)-dp(\d+)-z([0-3])")
+_NAME = re.compile(r"sp([0-9]{1,7})-dp([0-9]{1,7})-z([0-3])")
 
 
 @dataclass(frozen=True, order=True)

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import math
+from collections.abc import Mapping
+from fnmatch import fnmatch
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
@@ -18,12 +22,16 @@ def pretrained_config(config: Config) -> PretrainedConfig:
         arguments = dict(model.architecture)
         return AutoConfig.for_model(arguments.pop("model_type"), **arguments)
     try:
-        return AutoConfig.from_pretrained(
+        found = AutoConfig.from_pretrained(
             model.name_or_path, trust_remote_code=model.trust_remote_code, **model.architecture
         )
     except (OSError, ValueError) as error:
         problem = f"no model in {model.name_or_path} ({str(error).splitlines()[0]})"
         raise ConfigError("model.name_or_path", problem, "set a local folder or a hub name") from error
+    if getattr(found, "quantization_config", None) is not None:
+        problem = f"{model.name_or_path} is quantized, which needs code of its own and does not train"
+        raise ConfigError("model.name_or_path", problem, "set a model in full precision")
+    return found
 
 
 def build(config: Config, seed: int | None = None, rank: int = 0) -> PreTrainedModel:
@@ -60,12 +68,18 @@ def _built(config: Config, with_weights: bool) -> PreTrainedModel:
     arguments = {"attn_implementation": config.sp.attention, "dtype": torch.float32}
     try:
         if config.model.name_or_path is not None and config.model.pretrained and with_weights:
-            return AutoModelForCausalLM.from_pretrained(
+            opened: Any = AutoModelForCausalLM.from_pretrained(
                 config.model.name_or_path,
                 config=architecture,
                 trust_remote_code=config.model.trust_remote_code,
+                use_safetensors=True,  # never a pickle
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # to be refused below, by name
                 **arguments,
             )
+            model, report = opened
+            check_weights(config, model, report)
+            return model
         return AutoModelForCausalLM.from_config(
             architecture, trust_remote_code=config.model.trust_remote_code, **arguments
         )
@@ -77,6 +91,34 @@ def _built(config: Config, with_weights: bool) -> PreTrainedModel:
         if "attn" not in str(error).lower() and "attention" not in str(error).lower():
             raise
         raise ConfigError("sp.attention", str(error).splitlines()[0], "set sp.attention=sdpa") from error
+
+
+def check_weights(config: Config, model: PreTrainedModel, report: Mapping[str, Any]) -> None:
+    """Raises ConfigError where the pretrained weights are not all, or not only, those of the model, or not finite.
+
+    transformers draws what is missing at random, passes over what is left, and says so in a log. What transformers
+    expects to be missing or left over, such as tied weights, is in no list of the report.
+
+    Args:
+        report: the `output_loading_info` of `from_pretrained`.
+    """
+    place = config.model.name_or_path
+    spoiled = [n for n, p in model.named_parameters() if not math.isfinite(torch.linalg.vector_norm(p.data, math.inf))]
+    mismatched = [entry[0] if isinstance(entry, tuple) else entry for entry in report["mismatched_keys"]]
+    for names, problem, remedy in (
+        (mismatched, "have another shape than the model's", "draw them at random"),
+        (report["missing_keys"], "are missing", "draw them at random"),
+        (report["unexpected_keys"], "belong to no part of the model", "pass over them"),
+        (spoiled, "hold nan or infinity", "train with them"),
+    ):
+        wrong = sorted(n for n in map(str, names) if not any(fnmatch(n, p) for p in config.model.allow_missing))
+        if wrong:
+            allowed = wrong[0] + (",..." if len(wrong) > 1 else "")
+            raise ConfigError(
+                "model.name_or_path",
+                f"{place}: {len(wrong)} of its weights {problem}, first {wrong[0]}",
+                f"set another folder, or model.allow_missing=[{allowed}] to {remedy}",
+            )
 
 
 def describe(config: Config, architecture: PretrainedConfig, parameters: int) -> dict[str, int | str]:

@@ -1,16 +1,9 @@
-"""What every rank imports, imported once: the forkserver loads this module and each rank is a fork of it.
+"""What every rank imports, imported once: the server loads this module and each rank is a fork of it.
 
 Only imports: a torch operation here would start threads that a fork does not inherit.
 """
 
 import gc
-import os
-
-from ulysses_exp.launch.environment import remove_empty_cache
-from ulysses_exp.launch.orphans import OWNER, die_with_parent
-
-if OWNER in os.environ:
-    die_with_parent(int(os.environ.pop(OWNER)))  # the forkserver with its job, also while it still imports
 
 import deepspeed
 import deepspeed.module_inject.auto_ep_layer  # each engine imports it
@@ -22,6 +15,7 @@ import transformers.models.llama.modeling_llama
 
 import ulysses_exp.checkpoints.fingerprints
 import ulysses_exp.worker
+from ulysses_exp.launch.environment import remove_empty_cache
 
 # The first ZeRO engine imports Muon, whose decorators import torch._inductor (DeepSpeed 0.19.8: 1.4 s of start-up for
 # an optimizer that is not offered here). Undecorated it is the same function, not compiled.

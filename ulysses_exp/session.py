@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import json
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any
 import deepspeed
 import torch
 
-from ulysses_exp import checkpoints, models, training
+from ulysses_exp import checkpoints, lineage, models, strict_json, training
 from ulysses_exp import memory as memory_savers
 from ulysses_exp.attention import Ulysses, ulysses
 from ulysses_exp.compiled import compile_layers
@@ -21,6 +21,7 @@ from ulysses_exp.data import Batches, Corpus, load_corpus
 from ulysses_exp.launch.task import Task
 from ulysses_exp.layout import Layout
 from ulysses_exp.metrics.communication import AllToAllCounter
+from ulysses_exp.output_trouble import told
 
 
 @dataclass
@@ -37,6 +38,7 @@ class Session:
     all_to_alls: AllToAllCounter
     model: dict[str, Any]  # the `model` entry of results.json
     step: int = 0
+    changed: dict[str, list[Any]] | None = None  # settings that differ from the checkpoint's: [then, now]
 
     @property
     def config(self) -> Config:
@@ -55,17 +57,33 @@ class Session:
     def log(self, step: int, metrics: Mapping[str, float | None]) -> None:
         """A line of metrics.jsonl, written now. Rank 0 only; the parent shows it and hands it to the tracker."""
         if self.rank == 0:
-            with (self.task.folder / "metrics.jsonl").open("a") as file:
-                file.write(json.dumps({"step": step, **metrics}) + "\n")
+            path = self.task.folder / "metrics.jsonl"
+            with told(path), path.open("a") as file:
+                file.write(strict_json.dumps({"step": step, **metrics}) + "\n")
 
-    def resume(self) -> None:
-        """Loads the checkpoint that the task starts from, unless it names none or something is loaded or trained."""
+    def sync_log(self) -> None:
+        """Brings metrics.jsonl to disk. Rank 0 only."""
+        if self.rank == 0:
+            path = self.task.folder / "metrics.jsonl"
+            with told(path), path.open("a") as file:
+                os.fsync(file.fileno())
+
+    def resume(self, training: bool = False) -> None:
+        """Loads the checkpoint that the task starts from, unless it names none or something is loaded or trained.
+
+        Raises:
+            ConfigError: `training` would go on with other data than the checkpoint's, unasked.
+        """
         source = self.task.options.get("checkpoint")
         if source is None or self.step:
             return
         trust = self.task.options.get("trust_pickle", self.config.checkpoint.trust_pickle)
         loaded = checkpoints.load(self.engine, Path(source), layout=self.layout, trust_pickle=trust)
         self.step = loaded.step
+        self.changed = lineage.changed(loaded.state, self.config)
+        if training:
+            chosen = bool(self.task.options.get("data_chosen"))
+            lineage.check_data(loaded.state, self.config, self.corpus.sha256, chosen)
 
     def describe(self) -> dict[str, Any]:
         """What results.json says of model and machine."""

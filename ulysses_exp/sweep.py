@@ -1,6 +1,7 @@
 """A multirun's jobs: which are done already, how far the sweep is, and what became of each.
 
-Hydra's own launcher runs the jobs one after another in this process, so the forkserver stays warm between them.
+Hydra's own launcher runs the jobs one after another in this process, so the server that ranks are forks of stays warm
+between them.
 """
 
 from __future__ import annotations
@@ -8,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import shutil
 import statistics
 import time
 from collections import Counter
@@ -21,12 +21,11 @@ from omegaconf import DictConfig
 
 from ulysses_exp.config import Config
 from ulysses_exp.report.units import of_seconds
+from ulysses_exp.run_folder import settled
 from ulysses_exp.sources import newest_manifests
 
 #: Settings of a job that do not change its result
 _NOT_PART_OF_THE_RESULT = ("sweep", "tracker", "launch", "optimize")
-
-_WRITTEN_BY_A_JOB = ("results.json", "metrics.jsonl", "run.log", "ranks", "checkpoints", "wandb", "profile")
 
 
 def fingerprint(config: Config) -> str:
@@ -85,21 +84,11 @@ def objective(metric: str | None, results: dict[str, Any]) -> float | None:
     return float(node) if metric and isinstance(node, (int, float)) else None
 
 
-def skipped(cfg: DictConfig, reason: str) -> dict[str, Any]:
+def skipped(cfg: DictConfig | Config, reason: str) -> dict[str, Any]:
     """results.json of a job whose combination of settings cannot run."""
     sp, dp, zero = cfg.sp.size, cfg.dp.size, cfg.zero.stage
     layout = {"world": sp * dp, "sp": sp, "dp": dp, "zero": zero, "name": f"sp{sp}-dp{dp}-z{zero}"}
     return {"schema_version": 1, "status": "skipped", "error": reason, "layout": layout, "stages": {}}
-
-
-def clear(folder: Path) -> None:
-    """Removes what an earlier run of the job left in its folder."""
-    for name in _WRITTEN_BY_A_JOB:
-        path = folder / name
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
 
 
 @dataclass
@@ -109,17 +98,20 @@ class Sweep:
     total: int = 1
     outcomes: list[str] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
+    names: set[str] = field(default_factory=set)
     seconds: list[float] = field(default_factory=list)  # of each job that was not done already
+    folder: Path | None = None  # of the newest job
     _mark: float = field(default_factory=time.monotonic)  # when the last job ended
 
     def add(self, outcome: str, name: str, reason: str | None, ran: bool = True) -> None:
-        """Records a job. `reason` says why it is not ok."""
+        """Records a job. `reason` says why it is not ok; why one was skipped has been said when it was."""
         self.outcomes.append(outcome)
+        self.names.add(name)
         now = time.monotonic()
         if ran:
             self.seconds.append(now - self._mark)
         self._mark = now
-        if outcome != "ok":
+        if outcome not in ("ok", "skipped"):
             self.failures.append(f"{name}: {outcome}: {reason}")
 
     def read(self, folder: Path, since: float) -> None:
@@ -129,7 +121,9 @@ class Sweep:
             since: Unix time; a file that is older tells of an earlier run.
         """
         for path in sorted(folder.glob("*/results.json")):
-            results = json.loads(path.read_text())
+            if path.parent.name in self.names:
+                continue
+            results = settled(json.loads(path.read_text()), path.parent)
             ran = path.stat().st_mtime >= since
             if ran or results["status"] == "ok":
                 self.add(results["status"], path.parent.name, results["error"], ran)
@@ -142,7 +136,7 @@ class Sweep:
             text += f" ({self.counts()})"
         text += f", job {done + 1} running"
         if self.seconds:
-            typical = statistics.mean(self.seconds[1:] or self.seconds)  # the first has also started the forkserver
+            typical = statistics.mean(self.seconds[1:] or self.seconds)  # the first has also started the server
             text += f", {of_seconds(typical * (self.total - done))} left"
         return text
 
@@ -151,7 +145,7 @@ class Sweep:
         return ", ".join(f"{number} {outcome}" for outcome, number in Counter(self.outcomes).items())
 
     def summary(self) -> str:
-        """The whole sweep in a line, and a line for each job that is not ok."""
+        """The whole sweep in a line, and a line for each job that failed."""
         text = f"sweep: {self.counts() or 'no job ended'}"
         if missing := self.total - len(self.outcomes):
             text += f", {missing} not run"
@@ -164,12 +158,3 @@ class Sweep:
         if "failed" in self.outcomes:
             return 1
         return 2 if self.outcomes and set(self.outcomes) == {"skipped"} else 0
-
-
-def jobs_of(overrides: list[str]) -> int:
-    """How many jobs a multirun with these overrides has."""
-    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-
-    batches = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(overrides), max_batch_size=None)
-    return sum(len(batch) for batch in batches)

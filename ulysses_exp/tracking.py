@@ -34,6 +34,8 @@ from types import TracebackType
 from typing import Any, Literal
 
 from ulysses_exp.config import Config
+from ulysses_exp.redaction import without_secrets
+from ulysses_exp.wandb_server import foreign_settings, server
 
 PROBE_S = 3  # an online server that does not answer a small request in this time is not waited for
 INIT_S = 10  # for the server to open the run
@@ -55,8 +57,6 @@ RELOAD_COLUMNS = (
     "source", "target", "route", "status", "weights_bit_exact", "optimizer_bit_exact",
     "continuation_max_abs_loss_diff", "seconds", "reason",
 )  # fmt: skip
-
-_SECRET = re.compile(r"token$|secret|password|api_?key|credential", re.IGNORECASE)
 
 
 class Tracker:
@@ -102,7 +102,7 @@ class Tracker:
             "name": name,
             "group": group,
             "tags": sorted({tag[:64] for tag in (*tags, *config.tracker.tags) if tag}),
-            "config": _without_secrets(resolved) | (_flat(config) if resolved else {}),
+            "config": without_secrets(resolved) | (_flat(config) if resolved else {}),
         }
         self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
@@ -146,6 +146,7 @@ class Tracker:
     # What follows runs in the tracker's thread.
 
     def _work(self) -> None:
+        self._base_url = server()
         support = _support(self._folder)
         previous = {key: os.environ.get(key) for key in support}
         os.environ.update(support)
@@ -171,10 +172,12 @@ class Tracker:
     def _open(self) -> Any:
         import wandb
 
-        self._base_url = wandb.setup(wandb.Settings(silent=True)).settings.base_url  # silent before anything is said
+        # silent before anything is said
+        wandb.setup(wandb.Settings(silent=True, base_url=self._base_url))
         if self._mode == "online":
-            problem = unreachable(self._base_url, PROBE_S)
+            problem = foreign_settings(self._base_url) or unreachable(self._base_url, PROBE_S)
             if problem is None:
+                before = set((self._folder / "wandb").glob("run-*"))  # of an earlier attempt of the job
                 try:
                     run = self._init("online")
                     self.how_to_open = run.url or self.how_to_open
@@ -183,7 +186,7 @@ class Tracker:
                     problem = _one_line(error)
                     # The client's service holds on to the id of a run that it could not open.
                     self._settings["id"] = _run_id(self._settings["name"])
-                    for started in (self._folder / "wandb").glob("run-*"):  # nothing was logged to it
+                    for started in set((self._folder / "wandb").glob("run-*")) - before:  # nothing was logged to it
                         shutil.rmtree(started, ignore_errors=True)
             self._mode = "offline"
             self._warn(
@@ -282,11 +285,16 @@ def figures(results: Mapping[str, Any], prefix: str = "results") -> Iterator[tup
             yield name, value
 
 
-def unreachable(base_url: str, timeout: float) -> str | None:
-    """Why the W&B server at `base_url` cannot be used; None if it answers within `timeout` s and knows the key."""
+def api_key(base_url: str) -> str | None:
+    """The key for the W&B server at `base_url`, of the environment or else of `wandb login`."""
     from wandb.sdk.lib.wbauth import wbnetrc
 
-    key = os.environ.get("WANDB_API_KEY") or wbnetrc.read_netrc_auth(host=base_url)
+    return os.environ.get("WANDB_API_KEY") or wbnetrc.read_netrc_auth(host=base_url) or None
+
+
+def unreachable(base_url: str, timeout: float) -> str | None:
+    """Why the W&B server at `base_url` cannot be used; None if it answers within `timeout` s and knows the key."""
+    key = api_key(base_url)
     if not key and not os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return "no API key: run `wandb login` or set WANDB_API_KEY"
     request = urllib.request.Request(
@@ -345,14 +353,6 @@ def _flat(config: Config) -> dict[str, Any]:
     }
 
 
-def _without_secrets(node: Any) -> Any:
-    if isinstance(node, Mapping):
-        return {k: "***" if _SECRET.search(str(k)) and v else _without_secrets(v) for k, v in node.items()}
-    if isinstance(node, (list, tuple)):
-        return [_without_secrets(item) for item in node]
-    return node
-
-
 def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
@@ -381,16 +381,17 @@ def sync(paths: Iterable[Path]) -> int:
     if not runs:
         print("nothing to upload: every run below", *paths, "has been sent, or was not tracked")
         return 0
-    server = wandb.setup(wandb.Settings(silent=True)).settings.base_url
-    problem = unreachable(server, PROBE_S)
+    base_url = server()
+    wandb.setup(wandb.Settings(silent=True, base_url=base_url))
+    problem = foreign_settings(base_url) or unreachable(base_url, PROBE_S)
     if problem is not None:
         print(f"W&B is not reachable ({problem}); {len(runs)} run(s) wait on disk", file=sys.stderr)
         return 1
     with tempfile.TemporaryDirectory() as place:
         # the client would put its logs into ./wandb, and reads the server's address from the user's settings only
-        environment = {**os.environ, **_support(Path(place)), "WANDB_DIR": place, "WANDB_BASE_URL": server}
+        environment = {**os.environ, **_support(Path(place)), "WANDB_DIR": place, "WANDB_BASE_URL": base_url}
         return subprocess.run(
-            [sys.executable, "-m", "wandb", "sync", "--include-online", *map(str, runs)], env=environment
+            [sys.executable, "-P", "-m", "wandb", "sync", "--include-online", *map(str, runs)], env=environment
         ).returncode
 
 
@@ -413,7 +414,7 @@ def browse(paths: Iterable[Path]) -> int:
             print("no W&B run below", *map(str, paths), file=sys.stderr)
             return 1
         return subprocess.run(
-            [sys.executable, "-m", "wandb", "leet", str(gathered)], env={**os.environ, "WANDB_DIR": place}
+            [sys.executable, "-P", "-m", "wandb", "leet", str(gathered)], env={**os.environ, "WANDB_DIR": place}
         ).returncode
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,8 +16,10 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.utils.z3_leaf_module import set_z3_leaf_module
 from transformers import PreTrainedModel, get_scheduler
 
+from ulysses_exp import nonfinite
 from ulysses_exp.config import Config
 from ulysses_exp.data import MicroBatch
+from ulysses_exp.launch import heartbeat, stopping
 from ulysses_exp.layout import Layout
 from ulysses_exp.metrics import memory
 
@@ -41,7 +45,10 @@ def deepspeed_config(config: Config, parameters: int) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
         "gradient_accumulation_steps": config.accumulation,
         "gradient_clipping": config.optim.grad_clip,
-        "bf16": {"enabled": config.train.precision == "bf16"},
+        "bf16": {
+            "enabled": config.train.precision == "bf16",
+            "check_grad_overflow": config.train.on_nonfinite == "skip",  # stages 1 and 2 would step anyway
+        },
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,  # torch's SGD
         "zero_force_ds_cpu_optimizer": False,  # torch's AdamW also with offload: no operator to compile
@@ -59,13 +66,19 @@ def optimizer(config: Config, model: PreTrainedModel) -> torch.optim.Optimizer:
     )
 
 
+def _schedule(config: Config) -> str:
+    """transformers' name of it; its `constant` would pass over `optim.warmup_steps`."""
+    name = config.optim.schedule
+    return "constant_with_warmup" if name == "constant" and config.optim.warmup_steps else name
+
+
 def build_engine(config: Config, model: PreTrainedModel, mpu: Any) -> deepspeed.DeepSpeedEngine:
     """Wraps `model` in DeepSpeed with the configured optimizer and schedule; `mpu` is None where sp is 1.
 
     Every rank has rank 0's weights afterwards: DeepSpeed sends them, or under ZeRO 3 each rank's part of them.
     """
     steps = optimizer(config, model)
-    schedule = get_scheduler(config.optim.schedule, steps, config.optim.warmup_steps, config.train.steps)
+    schedule = get_scheduler(_schedule(config), steps, config.optim.warmup_steps, config.train.steps)
     told = deepspeed_config(config, sum(p.numel() for p in model.parameters()))
     if config.zero.stage == 3:
         _hook_small_layers_once(model, config.zero.param_persistence_threshold)
@@ -119,8 +132,9 @@ def gradient_scale(layout: Layout) -> int:
 class Step:
     """What one optimizer step came to, the same on every rank. Times in seconds, sizes in bytes."""
 
+    number: int  # counted from 1
     loss: float  # mean over all targets of the step
-    grad_norm: float  # of the mean loss, before clipping
+    grad_norm: float  # of the mean loss, before clipping; nan where it is not finite
     learning_rate: float
     tokens: int  # without padding, each once
     seconds: float
@@ -128,10 +142,18 @@ class Step:
     peak_memory: list[int]  # per rank, since the stage began
     all_to_all_calls: int  # of the busiest rank
     all_to_all_bytes: int
+    asked_to_stop: bool  # by a signal that any rank has got
+    skipped: bool = False  # train.on_nonfinite=skip has left its update out
+    trouble: dict[str, Any] | None = None  # nonfinite.explain, of the first step that is not finite
+
+    @property
+    def finite(self) -> bool:
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
 
 def forward(session: Session, batch: MicroBatch, **labels: Any) -> Any:
     """The model on this rank's slice. Tells the attention the whole sequences' positions and padding first."""
+    heartbeat.beat()
     mask = batch.global_mask
     session.attention.begin(batch.global_position_ids, mask)
     local_mask = mask if mask is not None and session.layout.sp == 1 else None
@@ -149,6 +171,7 @@ def forward(session: Session, batch: MicroBatch, **labels: Any) -> Any:
 class _Pending:
     """An optimizer step whose figures are still on this rank's device."""
 
+    number: int
     loss: torch.Tensor  # this rank's share
     grad_norm: torch.Tensor | float
     learning_rate: float
@@ -158,6 +181,8 @@ class _Pending:
     peak_memory: int
     all_to_all_calls: int
     all_to_all_bytes: int
+    watched: nonfinite.Watched
+    skipped: bool
 
 
 def optimizer_step(session: Session, step: int) -> Step:
@@ -167,6 +192,7 @@ def optimizer_step(session: Session, step: int) -> Step:
 
 def make_step(session: Session, step: int) -> _Pending:
     """As `optimizer_step`, without waiting for the device."""
+    heartbeat.beat(step=step)
     engine, layout, device = session.engine, session.layout, session.device
     began = time.perf_counter()
     mark = session.all_to_alls.now
@@ -182,19 +208,33 @@ def make_step(session: Session, step: int) -> _Pending:
     items = counts[0].clamp(min=1).float()  # transformers divides the summed loss of a micro batch by this
     share = torch.zeros((), dtype=torch.float64, device=device)
     learning_rate = engine.get_lr()[0]
+    schedule = engine.lr_scheduler
+    scheduled = schedule.last_epoch if schedule is not None else None
+    losses: list[torch.Tensor] = []
+    skipped = False
     for number, batch in enumerate(batches, 1):
         labels = session.to_device(batch.labels)
         # always through the engine: under ZeRO 3 a call of the module itself drops all but one micro batch
         loss = forward(session, batch, labels=labels, shift_labels=labels, num_items_in_batch=items).loss
-        share += loss.detach().double()
+        losses.append(loss.detach())
+        share += losses[-1].double()
         # the product makes a new tensor, and has to: given the model's output itself, stage 0 divides the gradient by
         # the accumulation steps in spite of scale_wrt_gas=False (docs/findings.md)
         engine.backward(loss * gradient_scale(layout), scale_wrt_gas=False)
         if number == len(batches):
             own_norm = _unsharded_norm(session)
-        engine.step()
+            watched = nonfinite.watch(engine, losses)
+            if session.config.train.on_nonfinite == "skip" and not nonfinite.all_finite(watched):
+                skipped = True
+        with nonfinite.discard(engine) if skipped else contextlib.nullcontext():
+            engine.step()
+    if schedule is not None and schedule.last_epoch == scheduled:
+        # DeepSpeed leaves out what is not finite, in some layouts. Such a step counts for the schedule all the same:
+        # the learning rate depends on nothing but the number of the step
+        schedule.step()
     calls, size = session.all_to_alls.since(mark)
     return _Pending(
+        number=step + 1,
         loss=share,
         grad_norm=own_norm if own_norm is not None else engine.get_global_grad_norm(),
         learning_rate=learning_rate,
@@ -204,6 +244,8 @@ def make_step(session: Session, step: int) -> _Pending:
         peak_memory=memory.peak(device),
         all_to_all_calls=calls,
         all_to_all_bytes=size,
+        watched=watched,
+        skipped=skipped,
     )
 
 
@@ -213,29 +255,46 @@ def figures(session: Session, steps: list[_Pending]) -> list[Step]:
     Only here the host waits for the device, so each step's time is an equal share of the time they took together.
     """
     world, device = session.layout.world, session.device
-    rows = torch.zeros(world, len(steps), 4, dtype=torch.float64, device=device)
-    rows[session.rank, :, 1:] = torch.tensor(
-        [[s.peak_memory, s.all_to_all_calls, s.all_to_all_bytes] for s in steps], dtype=torch.float64, device=device
+    rows = torch.zeros(world, len(steps), 6, dtype=torch.float64, device=device)
+    asked = stopping.requests.signal is not None
+    rows[session.rank, :, 2:] = torch.tensor(
+        [[s.peak_memory, s.all_to_all_calls, s.all_to_all_bytes, asked] for s in steps],
+        dtype=torch.float64,
+        device=device,
     )
     rows[session.rank, :, 0] = torch.stack([s.loss for s in steps])
+    rows[session.rank, :, 1] = torch.stack([torch.as_tensor(s.grad_norm, device=device).double() for s in steps])
     dist.all_reduce(rows)
     table = rows.cpu()
-    norms, tokens = [float(s.grad_norm) for s in steps], [int(s.tokens) for s in steps]
+    tokens = [int(s.tokens) for s in steps]
     seconds = (time.perf_counter() - steps[0].began) / len(steps)
-    return [
+    found = [
         Step(
+            number=s.number,
             loss=float(table[:, n, 0].sum()),
-            grad_norm=norms[n],
+            grad_norm=_finite_norm(float(table[0, n, 1])),
             learning_rate=s.learning_rate,
             tokens=tokens[n],
             seconds=seconds,
             input_seconds=s.input_seconds,
-            peak_memory=[int(x) for x in table[:, n, 1]],
-            all_to_all_calls=int(table[:, n, 2].max()),
-            all_to_all_bytes=int(table[:, n, 3].max()),
+            peak_memory=[int(x) for x in table[:, n, 2]],
+            all_to_all_calls=int(table[:, n, 3].max()),
+            all_to_all_bytes=int(table[:, n, 4].max()),
+            asked_to_stop=bool(table[:, n, 5].any()),
+            skipped=s.skipped,
         )
         for n, s in enumerate(steps)
     ]
+    for step, pending in zip(found, steps, strict=True):
+        if not step.finite:
+            step.trouble = nonfinite.explain(session, step.number, pending.watched)
+            break
+    return found
+
+
+def _finite_norm(norm: float) -> float:
+    """DeepSpeed says inf or, in bf16 at stages 1 and 2, -1 where a gradient norm is not finite."""
+    return norm if 0 <= norm < math.inf else math.nan
 
 
 def _unsharded_norm(session: Session) -> torch.Tensor | None:

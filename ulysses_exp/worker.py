@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
+import traceback
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -14,11 +14,15 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
+from ulysses_exp import strict_json
+from ulysses_exp.attention import upstream
 from ulysses_exp.config import device_of
-from ulysses_exp.launch import failure
-from ulysses_exp.launch.orphans import die_with_parent
+from ulysses_exp.launch import failure, heartbeat
+from ulysses_exp.launch.stopping import Stopped
 from ulysses_exp.launch.task import Task
 from ulysses_exp.memory_limit import held, limited
+from ulysses_exp.metrics.collectives import collectives
+from ulysses_exp.redaction import redacted
 from ulysses_exp.session import Session, open_session
 from ulysses_exp.stages import continuation, evaluate, longest, parity, reload, train
 
@@ -30,24 +34,56 @@ WORK: dict[str, Callable[[Session], dict[str, Any]]] = {
     "reload": reload.reload,
     "trajectory": parity.trajectory,
     "try_length": longest.try_length,
+    "collectives": collectives,
+}
+
+#: What a rank does, in words for the user.
+PHASES = {
+    "train": "training",
+    "eval": "evaluating",
+    "continuation": "continuing",
+    "reload": "reloading",
+    "trajectory": "training for parity",
+    "try_length": "trying a length",
+    "collectives": "measuring collectives",
 }
 
 
 def run(task: Task, rank: int, store: dist.Store) -> None:
-    """Does `task` as `rank`; the ranks meet through `store`. An error is left for the parent, then raised."""
-    die_with_parent()
-    try:
-        torch.set_num_threads(_threads())
-        with _process_group(task, rank, store), _session(task, rank) as session:
+    """Does `task` as `rank`; the ranks meet through `store`. An error is left for the parent, then raised.
+
+    After an error nothing is taken down: others may be gone, and taking down would wait for them.
+    """
+    torch.set_num_threads(_threads())
+    with contextlib.ExitStack() as built:
+        try:
+            heartbeat.beat("connecting")
+            built.enter_context(_process_group(task, rank, store))
+            heartbeat.beat("building")
+            session = built.enter_context(_session(task, rank))
             if rank == 0:
                 _leave(task.results / "session.json", session.describe())
             for work in task.work:
+                heartbeat.beat(PHASES[work])
                 result = WORK[work](session)
                 if rank == 0:
                     _leave(task.results / f"{work}.json", result)
-    except BaseException as error:
-        failure.record(task.results, rank, error)
-        raise
+                if work == "train" and result["status"] != "ok":
+                    break  # there is nothing to evaluate or to continue
+            heartbeat.beat("ending")
+        except Stopped as stopped:
+            if rank == 0:
+                _leave(task.results / "stopped.json", {"checkpoint": stopped.checkpoint, "step": stopped.step})
+        except BaseException as error:
+            failure.record(task.results, rank, error)
+            _left_standing.append(built.pop_all())
+            trace = "".join(traceback.format_exception(error))
+            if redacted(trace) != trace:  # whoever started this rank would write the error down as it is
+                raise RuntimeError(f"see {task.results / f'error-rank{rank}.json'}") from None
+            raise
+
+
+_left_standing: list[contextlib.ExitStack] = []  # collected, they would be taken down
 
 
 @contextlib.contextmanager
@@ -72,6 +108,8 @@ def _process_group(task: Task, rank: int, store: dist.Store) -> Iterator[None]:
     device = device_of(task.config)
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    timeout = timedelta(seconds=task.config.launch.timeout_s)
+    store.set_timeout(timeout)
     # DeepSpeed would build and use its shared-memory all-reduce: files in /dev/shm that stay (docs/findings.md)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     dist.init_process_group(
@@ -79,17 +117,16 @@ def _process_group(task: Task, rank: int, store: dist.Store) -> Iterator[None]:
         store=store,
         rank=rank,
         world_size=task.layout.world,
-        timeout=timedelta(seconds=task.config.launch.timeout_s),
+        timeout=timeout,
     )
     deepspeed.init_distributed(dist_backend="nccl" if device == "cuda" else "gloo", auto_mpi_discovery=False)
-    try:
+    with upstream.group_timeout(timeout):
         yield
-    finally:
-        dist.destroy_process_group()
+    dist.destroy_process_group()
 
 
 def _leave(path: Path, result: dict[str, Any]) -> None:
     """Writes `result` so that a reader sees all of it or nothing."""
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(result))
+    temporary.write_text(strict_json.dumps(result))
     temporary.replace(path)

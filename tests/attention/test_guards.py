@@ -10,9 +10,11 @@ import pytest
 import torch
 from rank_pool import Failed, RankPool
 from transformers import PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama import modeling_llama
 
 from ulysses_exp.attention import ulysses
+from ulysses_exp.model_check import ATTENTION
 
 
 def registered(model: PreTrainedModel, by: str, sp: int) -> AbstractContextManager[Any]:
@@ -176,3 +178,8 @@ def _call(rank: int, case: str) -> None:
 )
 def test_what_no_forward_takes(ranks: RankPool, case: str, message: str) -> None:
     everywhere(ranks.outcomes(_call, case), message)
+
+
+def test_names_of_attention_are_transformers_own():
+    known = {name for name in ALL_ATTENTION_FUNCTIONS.valid_keys() if "paged" not in name and name != "eager"}
+    assert known <= set(ATTENTION)

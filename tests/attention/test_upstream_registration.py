@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+
 import deepspeed.runtime.sequence_parallel.parallel_state_sp as parallel_state
 import masked_batches as tiny
 import pytest
@@ -10,7 +12,7 @@ from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
 from rank_pool import RankPool
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ulysses_exp.attention.upstream import attention_module
+from ulysses_exp.attention.upstream import attention_module, group_timeout
 
 
 def _a_second_registration_fails(rank: int) -> None:
@@ -40,9 +42,27 @@ def _kv_groups_change_for_good(rank: int) -> None:
     assert attention.num_key_value_groups == 4  # restored by `kv_groups`
 
 
+def _groups_wait_for_half_an_hour(rank: int) -> None:
+    """Whatever the world's timeout is; `group_timeout` gives them one."""
+
+    def waits() -> timedelta:
+        group = parallel_state.get_sequence_parallel_group()
+        return group._get_backend(torch.device("cpu")).options._timeout
+
+    with tiny.upstream(tiny.model("gqa"), 4):
+        assert waits() == timedelta(minutes=30)
+    with group_timeout(timedelta(seconds=77)), tiny.upstream(tiny.model("gqa"), 4):
+        assert waits() == timedelta(seconds=77)
+
+
 @pytest.mark.parametrize(
     "check",
-    [_a_second_registration_fails, _with_the_groups_forgotten_it_wraps_the_wrapper, _kv_groups_change_for_good],
+    [
+        _groups_wait_for_half_an_hour,
+        _a_second_registration_fails,
+        _with_the_groups_forgotten_it_wraps_the_wrapper,
+        _kv_groups_change_for_good,
+    ],
     ids=lambda check: check.__name__.strip("_"),
 )
 def test_upstream_still(ranks: RankPool, check) -> None:

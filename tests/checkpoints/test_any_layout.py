@@ -175,7 +175,7 @@ def save_on_a_full_disk(folder: Path, layout: Layout) -> str:
 @pytest.mark.parametrize("zero", [0, 3])
 def test_a_rank_that_cannot_write_is_an_error_on_all(zero: int, tmp_path: Path) -> None:
     messages = run(2, save_on_a_full_disk, tmp_path, Layout(1, 2, zero))
-    assert messages == [f"{tmp_path}/step2: cannot be written (File too large)"] * 2
+    assert messages == [f"{tmp_path}/step2: the checkpoint cannot be written: File too large"] * 2
     assert (tmp_path / "latest").read_text() == "step1" and not (tmp_path / "step2").exists()
 
 

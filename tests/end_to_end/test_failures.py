@@ -12,29 +12,31 @@ import pytest
 from checkout import ROOT, only_run
 from descendants import alive, children, gone, left_in_shared_memory, nothing_left
 
+from ulysses_exp.checkpoints.manifest import Manifest, stored_tensors
+
 
 class LongJob:
     """A job that would train for minutes, once its ranks have made their first step."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, *more: str):
         self.process = subprocess.Popen(
             [sys.executable, str(ROOT / "run.py"), "sp.size=2", "stages=[train]", "train.steps=100000",
-             "train.seq_len=64", "device=cpu"],
+             "train.seq_len=64", "device=cpu", *more],
             cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
         end = time.monotonic() + 90
         while not list(folder.glob("outputs/*/*/metrics.jsonl")):
             assert self.process.poll() is None and time.monotonic() < end, self.process.communicate()
             time.sleep(0.05)
-        (self.forkserver,) = [p for p in children(self.process.pid) if len(children(p)) == 2]
-        self.ranks = children(self.forkserver)
-        self.all = [*self.ranks, self.forkserver, *children(self.process.pid)]
+        (self.server,) = [p for p in children(self.process.pid) if len(children(p)) == 2]
+        self.ranks = children(self.server)
+        self.all = [*self.ranks, self.server, *children(self.process.pid)]
 
 
 @pytest.fixture
-def long_job(tmp_path):
+def long_job(tmp_path, request):
     before = left_in_shared_memory()
-    job = LongJob(tmp_path)
+    job = LongJob(tmp_path, *getattr(request, "param", ()))
     yield job
     for pid in [job.process.pid, *job.all]:
         if alive(pid):
@@ -63,13 +65,59 @@ def test_ranks_do_not_outlive_a_killed_parent(long_job, tmp_path):
     assert all("train/loss" in json.loads(line) for line in lines[:-1])
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.long)])
-def test_a_stopped_job_says_so(long_job, tmp_path, sent):
-    os.kill(long_job.process.pid, sent)
+@pytest.mark.long
+def test_ctrl_c_ends_a_job_at_once(long_job, tmp_path):
+    os.kill(long_job.process.pid, signal.SIGINT)
     out, err = long_job.process.communicate(timeout=30)
     assert long_job.process.returncode == 130, out + err
     assert "Traceback" not in out + err
     assert json.loads((only_run(tmp_path) / "results.json").read_text())["status"] == "interrupted"
+    assert not list(only_run(tmp_path).glob("checkpoints/*")) and "continue with" not in out + err
+    assert gone(long_job.all, 10)
+
+
+def test_sigterm_to_all_processes_saves_a_checkpoint(long_job, tmp_path):
+    """As a batch system sends it that wants its machine back."""
+    for pid in [*long_job.all, long_job.process.pid]:
+        os.kill(pid, signal.SIGTERM)
+    out, err = long_job.process.communicate(timeout=60)
+    assert long_job.process.returncode == 130, out + err
+    assert "Traceback" not in out + err
+    run = only_run(tmp_path)
+    results = json.loads((run / "results.json").read_text())
+    assert results["status"] == "interrupted" and "SIGTERM" in results["error"]
+    steps = len((run / "metrics.jsonl").read_text().splitlines())
+    assert results["stages"]["train"]["checkpoint"] == f"checkpoints/step{steps}", "every step is kept"
+    saved = run / "checkpoints" / f"step{steps}"
+    manifest = Manifest.read(saved)  # raises where it is not complete
+    assert manifest.step == steps and stored_tensors(saved, manifest)
+    assert [path.name for path in run.glob("checkpoints/.*")] == []
+    assert "continue with: python run.py sp.size=2 'stages=[train]' train.steps=100000" in err
+    assert f"hydra.run.dir={run.relative_to(tmp_path)}" in err
+    assert gone(long_job.all, 10)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("long_job", [["launch.timeout_s=15"]], indirect=True)
+def test_a_stopped_rank_is_named_and_ends_the_job(long_job, tmp_path):
+    os.kill(long_job.ranks[1], signal.SIGSTOP)
+    began = time.monotonic()
+    out, err = long_job.process.communicate(timeout=90)
+    assert time.monotonic() - began < 45
+    assert long_job.process.returncode == 1 and "Traceback" not in out + err
+    error = json.loads((only_run(tmp_path) / "results.json").read_text())["error"]
+    assert "rank 1: stands still since" in error and "SIGSTOP" in error and "rank 0 wait" in error
+    assert "ulysses_exp/" in (only_run(tmp_path) / "run.log").read_text(), "the stack of the rank that waited"
+    assert gone(long_job.all, 10)
+
+
+@pytest.mark.long
+def test_a_killed_server_is_told_of(long_job, tmp_path):
+    os.kill(long_job.server, signal.SIGKILL)
+    out, err = long_job.process.communicate(timeout=30)
+    assert long_job.process.returncode == 1 and "Traceback" not in out + err
+    error = json.loads((only_run(tmp_path) / "results.json").read_text())["error"]
+    assert error == "stage train: the process that starts ranks was ended by SIGKILL"
     assert gone(long_job.all, 10)
 
 
@@ -78,10 +126,11 @@ def test_an_error_in_a_rank_is_one_line_and_the_trace_is_in_the_log(command, tmp
     broken.mkdir()
     (broken / "config.json").write_text(json.dumps({"model_type": "llama", "num_attention_heads": 8,
                                                     "hidden_size": 64, "vocab_size": 256}))  # fmt: skip
+    (broken / "model.safetensors").write_text("no weights")
     done = command("model=hub", f"model.name_or_path={broken}", "sp.size=2", "device=cpu", cwd=tmp_path)
     assert done.returncode == 1
     assert "Traceback" not in done.stdout + done.stderr
     run = only_run(tmp_path)
     error = json.loads((run / "results.json").read_text())["error"]
-    assert "rank" in error and "model.name_or_path" in error
+    assert "rank 0" in error and "Safetensor" in error
     assert "Traceback" in (run / "run.log").read_text()

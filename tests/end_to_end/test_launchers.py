@@ -32,7 +32,7 @@ def test_torchrun_on_two_nodes(losses, tmp_path):
                     "DS_ACCELERATOR": "cpu", "GLOO_SOCKET_IFNAME": "lo"}  # fmt: skip
     agents = [
         subprocess.Popen(
-            [ROOT / "launchers/torchrun_two_nodes.sh", "sp.size=2", *QUICK, "reload.layouts=[sp2-dp1-z2]"],
+            [ROOT / "launchers/torchrun_two_nodes.sh", "sp.size=2", *QUICK],
             cwd=tmp_path, env=surroundings | {"NODE": str(node)}, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )
@@ -43,7 +43,31 @@ def test_torchrun_on_two_nodes(losses, tmp_path):
     found = results(tmp_path)
     assert found["status"] == "ok"
     assert found["stages"]["train"]["loss"] == pytest.approx(losses, rel=1e-7)
-    assert [cell["status"] for cell in found["stages"]["reload"]["cells"]] == ["ok"] * 2
+    assert list(found["stages"]) == ["train", "eval", "reload"], "the default: five tasks, one after another"
+    assert [cell["status"] for cell in found["stages"]["reload"]["cells"]] == ["ok"] * 4
+
+
+@pytest.mark.long
+def test_plain_srun(losses, tmp_path):
+    """Slurm's environment alone tells the ranks apart; rank 0 has the store."""
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, ROOT / "run.py", "launch=attached", "sp.size=2", "stages=[train]", *QUICK], cwd=tmp_path,
+            env={**os.environ, "SLURM_PROCID": str(rank), "SLURM_NTASKS": "2", "SLURM_LOCALID": str(rank),
+                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29534", "GLOO_SOCKET_IFNAME": "lo"},
+            text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )
+        for rank in (0, 1)
+    ]  # fmt: skip
+    said = [rank.communicate(timeout=200)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], said
+    assert results(tmp_path)["stages"]["train"]["loss"] == pytest.approx(losses, rel=1e-7)
+
+
+def test_attached_without_ranks_is_refused(command, tmp_path):
+    done = command("launch=attached", cwd=tmp_path)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "torchrun" in done.stderr
+    assert not (tmp_path / "outputs").exists()
 
 
 def test_ranks_submitted_by_submitit(losses, command, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -9,18 +10,55 @@ from pathlib import Path
 
 import pytest
 from checkout import only_run
+from listeners import LOOPBACK, Listeners
 
 QUICK = ["train.steps=7", "train.profile=true", "train.seq_len=128", "device=cpu"]
 
 
+SECRETS = {"WANDB_API_KEY": "0123456789abcdef0123456789abcdef01234567", "HF_TOKEN": "hf_FAKEFAKEFAKE",
+           "AWS_SECRET_ACCESS_KEY": "wJalrXUtnFEMIfake", "MY_PASSWORD": "correct-horse-fake"}  # fmt: skip
+
+#: Modules that the current folder offers in the place of those that a job imports.
+TRAPS = ("json.py", "signal.py", "torch/__init__.py", "multiprocessing/__init__.py", "transformers/__init__.py",
+         "sitecustomize.py", "ulysses_exp/__init__.py", "hydra_plugins/evil/__init__.py")  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def job(command, tmp_path_factory) -> tuple[Path, str]:
-    """(run folder, what the terminal showed) of the main job, small."""
+    """(run folder, what the terminal showed) of the main job, small, in a folder that is not to be trusted."""
     folder = tmp_path_factory.mktemp("job")
-    done = command("sp.size=4", "zero.stage=3", *QUICK, cwd=folder)
+    for trap in TRAPS:
+        (folder / trap).parent.mkdir(parents=True, exist_ok=True)
+        (folder / trap).write_text(f"open({str(folder / 'executed')!r}, 'a').write(__name__)\n")
+    before = {p.name for p in folder.iterdir()}
+    for name, value in SECRETS.items():
+        os.environ[name] = value
+    listening.clear()
+    try:
+        with Listeners(listening):
+            done = command("sp.size=4", "zero.stage=3", *QUICK, cwd=folder, keep=("WANDB_API_KEY",))
+    finally:
+        for name in SECRETS:
+            del os.environ[name]
     assert done.returncode == 0, done.stdout + done.stderr
-    assert [p.name for p in folder.iterdir()] == ["outputs"]
+    assert {p.name for p in folder.iterdir()} - before == {"outputs"}, "nothing else is left, no trap has been run"
     return only_run(folder), done.stdout
+
+
+listening: set[tuple[str, str]] = set()  # (program, address) seen while the job ran
+
+
+def test_nothing_listens_beyond_this_machine(job):
+    assert any("python" in program for program, _ in listening), "ranks do listen on loopback"
+    assert {address for _, address in listening} <= LOOPBACK, listening
+
+
+def test_no_secret_of_the_environment_is_written(job):
+    for path in job[0].rglob("*"):
+        if path.is_file():
+            content = path.read_bytes()
+            assert not [name for name, value in SECRETS.items() if value.encode() in content], path
+    assert not [name for name, value in SECRETS.items() if value in job[1]]
 
 
 @pytest.fixture(scope="module")

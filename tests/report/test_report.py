@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import xml.etree.ElementTree
+from html import escape
 from pathlib import Path
 
 import pytest
 from made_up_results import results, write
 
-from ulysses_exp.report import pictures, runs, table
+from ulysses_exp.report import html as html_report
+from ulysses_exp.report import pictures, runs, table, traits
+from ulysses_exp.report.page import page
 
 REPOSITORY = Path(__file__).parents[2]
 PICTURES = ["throughput", "memory", "loss", "eval", "reload", "step_split", "parity", "plan", "plan_grid"]
@@ -168,7 +172,7 @@ def test_runs_are_told_apart_by_the_settings_in_which_they_differ(tmp_path):
         with open(folder / ".hydra" / "config.yaml", "a") as config:
             config.write(f"optim: {{name: sgd, lr: {rate}}}\ntracker: {{mode: x{rate}}}\n")
     found = runs.find([tmp_path])
-    assert runs.labels(found) == ["sp2-dp1-z3, lr 0.1", "sp2-dp1-z3, lr 0.2"]
+    assert traits.labels(found) == ["sp2-dp1-z3, lr 0.1", "sp2-dp1-z3, lr 0.2"]
     shown = table.table(found)
     assert [title for title in shown.titles if title in ("lr", "mode")] == ["lr"], "nothing that is not of the result"
     assert found[0].experiment != found[1].experiment
@@ -179,7 +183,7 @@ def test_another_choice_of_a_group_goes_by_its_name(tmp_path):
         folder = write(tmp_path / name, results(2), 1024)
         with open(folder / ".hydra" / "config.yaml", "a") as config:
             config.write(f"memory: {{name: {name}, tiled_mlp: {tiles}}}\n")
-    assert runs.labels(runs.find([tmp_path])) == ["sp2-dp1-z3, memory alst", "sp2-dp1-z3, memory none"]
+    assert traits.labels(runs.find([tmp_path])) == ["sp2-dp1-z3, memory alst", "sp2-dp1-z3, memory none"]
 
 
 def test_a_setting_that_differs_within_a_choice_is_named_beside_it(tmp_path):
@@ -188,7 +192,7 @@ def test_a_setting_that_differs_within_a_choice_is_named_beside_it(tmp_path):
         (folder / ".hydra" / "config.yaml").write_text(
             f"train: {{seq_len: 1024}}\ndata: {{name: {name}, padding: {padding}, mean_document: {len(name)}}}\n"
         )
-    assert [label.removeprefix("sp2-dp1-z3, ") for label in runs.labels(runs.find([tmp_path]))] == [
+    assert [label.removeprefix("sp2-dp1-z3, ") for label in traits.labels(runs.find([tmp_path]))] == [
         "data packed, padding none", "data text, padding left", "data text, padding none",
     ]  # fmt: skip
 
@@ -207,8 +211,9 @@ def test_reload_picture_shows_the_worst_result_of_a_pair(tmp_path):
         {**cells[1], "route": "universal", "status": "failed", "reason": "x", "weights_bit_exact": None},
     ]
     write(tmp_path / "run", made)
-    canvas = pictures.reload(runs.find([tmp_path]))
-    assert canvas is not None
+    drawn = pictures.reload(runs.find([tmp_path]))
+    assert drawn is not None
+    canvas = drawn.figure
     assert [text.get_text() for text in canvas.legends[0].get_texts()] == ["failed"]
     (patch,) = canvas.axes[0].patches
     assert patch.get_hatch() == "///"
@@ -219,8 +224,9 @@ def test_reload_picture_counts_the_route_that_restores_the_optimizer(tmp_path):
     cells = made["stages"]["reload"]["cells"]
     cells[:] = [{**cells[0], "route": "portable", "optimizer_bit_exact": True, "seconds": 0.5}, cells[0]]
     write(tmp_path / "run", made)
-    canvas = pictures.reload(runs.find([tmp_path]))
-    assert canvas is not None
+    drawn = pictures.reload(runs.find([tmp_path]))
+    assert drawn is not None
+    canvas = drawn.figure
     assert [text.get_text() for text in canvas.legends[0].get_texts()] == ["weights and optimizer bit-exact"]
     assert [text.get_text() for text in canvas.axes[0].texts] == ["portable 500 ms\nhuggingface 1.40 s"]
 
@@ -229,8 +235,9 @@ def test_ideal_memory_is_the_smallest_sp_divided(tmp_path):
     for sp in (1, 4):
         write(tmp_path / str(sp), results(sp))
     found = runs.find([tmp_path])
-    canvas = pictures.memory(found)
-    assert canvas is not None
+    drawn = pictures.memory(found)
+    assert drawn is not None
+    canvas = drawn.figure
     measured, ideal = canvas.axes[0].get_lines()
     peaks = [run.figure("train.peak_memory_bytes.max") / 2**30 for run in found]
     assert list(measured.get_ydata()) == peaks
@@ -241,8 +248,9 @@ def test_memory_and_time_stand_side_by_side_at_one_sp_and_length(tmp_path):
     for stage in (0, 3):
         write(tmp_path / str(stage), results(2, 1, stage))
     found = runs.find([tmp_path])
-    canvas = pictures.costs(found)
-    assert canvas is not None
+    drawn = pictures.costs(found)
+    assert drawn is not None
+    canvas = drawn.figure
     for axes, key, unit in zip(
         canvas.axes, ("train.peak_memory_bytes.max", "train.step_time_s.median"), (2**20, 1), strict=True
     ):
@@ -260,8 +268,9 @@ def test_longest_sequence_is_drawn_by_sp_and_kept_out_of_comparisons(tmp_path):
     found = runs.find([tmp_path])
     assert [run.seq_len for run in found] == [1000, 1900]
     assert [picture.name for picture in pictures.draw(found)] == ["longest"], "other lengths are other experiments"
-    canvas = pictures.longest(found)
-    assert canvas is not None
+    drawn = pictures.longest(found)
+    assert drawn is not None
+    canvas = drawn.figure
     measured, ideal = canvas.axes[0].get_lines()
     assert list(measured.get_ydata()) == [1000, 1900]
     assert list(ideal.get_ydata()) == [1000, 2000]
@@ -278,25 +287,34 @@ def test_columns_without_a_figure_are_left_out(tmp_path):
 
 
 @pytest.mark.skipif(shutil.which("node") is None, reason="node runs the page's script")
-def test_table_sorts_by_a_click(written, tmp_path):
+def test_page_sorts_and_filters(written, tmp_path):
     folder, _ = written
     script = re.search(r"<script>(.*?)</script>", (folder / "report.html").read_text(), re.DOTALL)
     assert script is not None
-    values = [["b", "2"], ["a", "10"], ["c", ""], ["d", "1"]]
-    page = f"""
-    const rows = {json.dumps(values)}.map(v => ({{cells: v.map(value => ({{dataset: {{value}}}}))}}));
-    const body = {{rows, append(...sorted) {{ this.rows = sorted }}}};
-    const heads = [0, 1].map(cellIndex => ({{cellIndex, firstChild: {{}}, attributes: {{}},
-      getAttribute(n) {{ return this.attributes[n] }}, setAttribute(n, v) {{ this.attributes[n] = v }},
-      removeAttribute(n) {{ delete this.attributes[n] }}, closest: () => table}}));
-    const table = {{tHead: {{rows: [{{cells: heads}}]}}, tBodies: [body]}};
-    const document = {{querySelectorAll: () => heads}};
-    {script[1]}
-    const order = () => body.rows.map(row => row.cells[0].dataset.value).join("");
-    heads[1].firstChild.onclick(); const up = order();
-    heads[1].firstChild.onclick(); const down = order();
-    heads[0].firstChild.onclick(); console.log(up, down, order());
+    rows = [["sp1", "2", "ok"], ["sp2", "10", "ok"], ["sp4", "", "failed"], ["sp8", "1e-3", "ok"]]
+    probe = f"""{script[1]}
+    const rows = {json.dumps(rows)}.map(keys => ({{keys, text: keys.join(" ")}}));
+    const titles = ["layout", "eval loss, sp", "status"];
+    const names = found => found.map(row => row.keys[0]).join(" ");
+    const sorted = (column, down) => names([...rows].sort((a, b) => order(a.keys[column], b.keys[column], down)));
+    const found = query => names(rows.filter(matches(query, titles)));
+    console.log(JSON.stringify([sorted(1, false), sorted(1, true), sorted(0, true), found("evalloss<3"),
+      found("evallosssp>=10"), found("status=FAILED"), found("ok sp2"), found(""), found("loss<>"), found("nothing")]));
     """
-    (tmp_path / "page.js").write_text(page)
+    (tmp_path / "page.js").write_text(probe)
     done = subprocess.run(["node", str(tmp_path / "page.js")], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["dbac", "abdc", "abcd"], "numbers as numbers, what is missing last"
+    assert json.loads(done.stdout) == [
+        "sp8 sp1 sp2 sp4", "sp2 sp1 sp8 sp4", "sp8 sp4 sp2 sp1",  # numbers as numbers, what is missing last
+        "sp1 sp8", "sp2", "sp4", "sp2", "sp1 sp2 sp4 sp8", "", "",
+    ]  # fmt: skip
+
+
+def test_a_row_has_the_command_that_starts_its_job_again(tmp_path):
+    folder = write(tmp_path / "sweep" / "run", results(2))
+    overrides = ["sp.size=2", "data.name=it's; rm -rf ~", "train.seq_len=4096"]
+    (folder / ".hydra" / "overrides.yaml").write_text(json.dumps(overrides))
+    (run,) = runs.find([tmp_path])
+    assert run.command is not None
+    assert shlex.split(run.command) == ["python", "run.py", *overrides]
+    html = html_report.document(page("sweep", [run]))
+    assert f'title="{escape(run.command)}"' in html

@@ -63,6 +63,28 @@ def test_a_job_that_did_not_start_is_shown_too():
     assert "rank 0: [Errno 12] out of [memory]" in text, "brackets are no markup"
 
 
+def test_texts_of_a_result_are_neither_markup_nor_terminal_sequences():
+    made, hostile = results(), "\x1b[31m[/red]\x1b]0;title\x07 [bold]x\x9b2J\u202e"
+    made.update(status="failed", error=hostile)
+    made["model"] |= {"name": hostile, "attention": hostile}
+    made["stages"]["eval"] = {"status": "failed", "reason": hostile}
+    made["stages"]["parity"]["reference"] = hostile
+    made["stages"]["plan"] |= {"settings": hostile, "assumptions": [hostile]}
+    made["stages"]["reload"]["cells"][0] |= {"target": hostile, "status": "failed", "reason": hostile}
+    text = printed(made)
+    assert text.count("[/red] [bold]x") >= 7
+    assert not {"\x1b", "\x9b", "\x07", "\u202e"} & set(text)
+    console = Console(file=io.StringIO(), width=80)
+    Progress(console).note(hostile)
+    assert console.file.getvalue() == "[/red] [bold]x\n"
+
+
+def test_a_loss_that_is_not_finite_is_told_with_its_step():
+    made = results()
+    made["stages"]["train"] |= {"loss": [5.0, None, float("nan")], "first_step": 10}
+    assert "not finite at 2 of them, first at step 12" in printed(made)
+
+
 def test_long_paths_are_not_broken():
     made, folder = results(), Path("/" + "a" * 100)
     console = Console(file=io.StringIO(), width=80)

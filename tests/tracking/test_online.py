@@ -14,7 +14,7 @@ import pytest
 sys.path.append(str(Path(__file__).parents[1] / "report"))  # made_up_results
 from a_job import METRICS
 from made_up_results import results, write
-from processes import environment, logged, run_directories, track
+from processes import A_JOB, environment, logged, run_directories, track
 from wandb_server import WandbServer
 
 #: The probe, opening the run and the last upload together, with what a busy machine adds
@@ -152,3 +152,20 @@ def test_sync_says_that_the_server_is_gone(tmp_path):
     done = subprocess.run(command, env=surroundings, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
     assert "not reachable" in done.stderr
+
+
+def test_the_key_goes_to_no_server_that_the_current_folder_names(tmp_path):
+    for name in ("wandb", "run"):
+        (tmp_path / name).mkdir()
+    with WandbServer() as server:
+        (tmp_path / "wandb" / "settings").write_text(f"[default]\nbase_url = {server.url}\n")
+        done = subprocess.run(
+            [sys.executable, str(A_JOB), "online", str(tmp_path / "run")],
+            env=environment(tmp_path) | {"WANDB_API_KEY": "a" * 40}, cwd=tmp_path, capture_output=True, text=True,
+            timeout=120,
+        )  # fmt: skip
+        told = json.loads(done.stdout)
+        assert not server.runs and not server.history
+    assert "wandb/settings in this folder sets base_url" in told["warnings"][0]
+    (run,) = run_directories(tmp_path)
+    assert run.name.startswith("offline-"), "nothing is lost"

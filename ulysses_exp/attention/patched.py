@@ -5,8 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed
@@ -19,18 +18,7 @@ from transformers import PreTrainedModel
 from ulysses_exp.attention.agreement import agree, check_batch
 from ulysses_exp.attention.core import Plan
 from ulysses_exp.attention.documents import Documents
-
-if TYPE_CHECKING:
-    from ulysses_exp.attention.registration import Ulysses
-
-
-@dataclass(frozen=True)
-class Announced:
-    """What `begin` was told of the next forward."""
-
-    documents: Documents
-    position_ids: Tensor  # [batch, seq_len], on the host
-    masked: bool
+from ulysses_exp.attention.handle import Announced, Ulysses
 
 
 class Patched:

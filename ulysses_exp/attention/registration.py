@@ -4,58 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 import torch
 import torch.distributed
 from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
-from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ulysses_exp.attention import core, upstream
-from ulysses_exp.attention.documents import documents
 from ulysses_exp.attention.exchange import FusedUlyssesAttention
-from ulysses_exp.attention.patched import Announced, Patched
-
-
-class Ulysses:
-    """The handle of a registration.
-
-    Attributes:
-        mpu: what `deepspeed.initialize(mpu=...)` takes; None at sp 1.
-        disable_in_eval: a model in eval mode runs the original attention on whole sequences, without any collective.
-            May be switched between forwards.
-        attention_calls: calls of the patched attention function by this model so far.
-    """
-
-    def __init__(self, mpu: Any = None, sp: int = 1, disable_in_eval: bool = True):
-        self.mpu = mpu
-        self.sp = sp
-        self.disable_in_eval = disable_in_eval
-        self.attention_calls = 0
-        self._announced: Announced | None = None
-
-    def begin(self, position_ids: Tensor, attention_mask: Tensor | None = None) -> None:
-        """Tells what the ranks would otherwise gather: the whole sequences of the next forward. No collective, no
-        device sync. Optional; every rank of a sequence-parallel group has to make the call, with the same values.
-
-        Args:
-            position_ids: [batch, seq_len] int64 on the host, global positions. A fake tensor counts as plain causal.
-            attention_mask: [batch, seq_len], zero at padding; None where nothing is padded.
-
-        Raises:
-            ValueError: seq_len is no multiple of sp, shapes do not fit, or padding lies inside a document.
-        """
-        if self.sp == 1:
-            return
-        whole = documents(position_ids, attention_mask)
-        if whole.seq_len % self.sp:
-            raise ValueError(
-                f"{whole.seq_len} tokens do not divide over sp.size={self.sp}; set train.seq_len to a multiple"
-            )
-        self._announced = Announced(whole, position_ids, attention_mask is not None)
+from ulysses_exp.attention.handle import Ulysses
+from ulysses_exp.attention.patched import Patched
+from ulysses_exp.model_rules import why_not_sharded
 
 
 @contextmanager
@@ -131,16 +92,11 @@ def _check_model(model: PreTrainedModel, attention: str) -> None:
     if have != attention:
         raise ValueError(f"the model was built with attention {have}, not {attention}; set sp.attention={have}")
     text = model.config.get_text_config()
-    strange = set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
-    if strange:
-        raise ValueError(
-            f"{type(model).__name__} has layers of type {', '.join(sorted(strange))}, which Ulysses does not shard; "
-            "set sp.size=1"
-        )
-    if getattr(text, "num_key_value_heads", None) is None:
-        raise ValueError(
-            f"{type(model).__name__} is configured without num_key_value_heads, which DeepSpeed reads; set sp.size=1"
-        )
+    why = why_not_sharded(
+        type(model).__name__, getattr(text, "layer_types", None), getattr(text, "num_key_value_heads", None)
+    )
+    if why is not None:
+        raise ValueError(f"{why}; set sp.size=1")
 
 
 def _fused(base: UlyssesSPAttentionHF) -> FusedUlyssesAttention:

@@ -5,14 +5,17 @@ test_upstream.py fails where upstream mends one of the symptoms.
   a second registration fails ("sequence parallel group is already initialized") or wraps the wrapper.
 - With fewer KV heads than ranks a forward changes `module.num_key_value_groups` for good.
 - The wrapper drops the mask before it asks for `disable_in_eval`: padded batches are wrong in bypassed eval.
+- Process groups are made without a timeout: torch's default of 30 minutes (10 with NCCL) whatever the world's is.
 - A direct construction of `UlyssesSPAttentionHF` is what `register_with_transformers` hides in a closure.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import deepspeed.runtime.sequence_parallel.parallel_state_sp as parallel_state
@@ -59,6 +62,22 @@ def sequence_parallel_state() -> Iterator[None]:
             layer._all_to_all_groups.pop(group.group_name, None)
             if torch.distributed.is_initialized():
                 torch.distributed.destroy_process_group(group)
+
+
+@contextmanager
+def group_timeout(timeout: timedelta) -> Iterator[None]:
+    """Gives process groups that are made without a timeout this one, where torch and DeepSpeed take a default."""
+    original = torch.distributed.new_group
+
+    @functools.wraps(original)
+    def new_group(ranks: Any = None, given: timedelta | None = None, *args: Any, **kwargs: Any) -> Any:
+        return original(ranks, kwargs.pop("timeout", None) or given or timeout, *args, **kwargs)
+
+    torch.distributed.new_group = new_group  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.distributed.new_group = original
 
 
 @contextmanager

@@ -13,6 +13,7 @@ import deepspeed
 
 from ulysses_exp.checkpoints.errors import CheckpointError, raise_together
 from ulysses_exp.checkpoints.loaded import Loaded
+from ulysses_exp.checkpoints.progress import go_to
 
 
 def present(folder: Path) -> bool:
@@ -34,6 +35,8 @@ def load(engine: deepspeed.DeepSpeedEngine, folder: Path, *, trusted: bool) -> L
         )
     began = time.perf_counter()
     error = None
+    groups = [{k: v for k, v in group.items() if k != "params"} for group in engine.basic_optimizer.param_groups]
+    rates = list(engine.lr_scheduler.base_lrs) if engine.lr_scheduler is not None else []
     try:
         # never load_module_only: under ZeRO 3 it loads nothing and says nothing (docs/findings.md)
         path, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name)
@@ -43,6 +46,11 @@ def load(engine: deepspeed.DeepSpeedEngine, folder: Path, *, trusted: bool) -> L
         problem = " ".join(str(failure).split())[:120] or type(failure).__name__
         error = CheckpointError(folder, f"DeepSpeed opens it in the layout that wrote it, not in this one ({problem})")
     raise_together(error)
+    for group, own in zip(engine.basic_optimizer.param_groups, groups, strict=True):
+        group.update(own)  # as this job is configured, whatever was saved
+    if engine.lr_scheduler is not None:
+        engine.lr_scheduler.base_lrs = rates
+        go_to(engine, engine.global_steps)
     return Loaded(
         route="direct",
         step=engine.global_steps,

@@ -6,8 +6,6 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch.distributed as dist
-
 
 class CheckpointError(Exception):
     """One clear line: which file, what is wrong with it."""
@@ -22,6 +20,8 @@ def raise_together(error: CheckpointError | None) -> None:
 
     Collective over the world.
     """
+    import torch.distributed as dist  # here: the parent reads manifests before it imports torch
+
     if not dist.is_initialized() or dist.get_world_size() == 1:
         if error is not None:
             raise error
@@ -40,5 +40,7 @@ def written_together(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as failure:
-        error = CheckpointError(folder, f"cannot be written ({failure.strerror or failure})")
+        error = CheckpointError(folder, f"the checkpoint cannot be written: {failure.strerror or failure}")
+    except CheckpointError as failure:
+        error = failure
     raise_together(error)

@@ -59,8 +59,9 @@ def load(
     weights_changed(engine)
     try:
         restore(engine, manifest.engine)
-    except (KeyError, TypeError, ValueError, AttributeError) as found:
-        raise CheckpointError(folder / NAME, f"has no state that this engine can take over ({found!r})") from None
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as found:
+        error = CheckpointError(folder / NAME, f"has no state that this engine can take over ({repr(found)[:200]})")
+    raise_together(error)
 
     now = fingerprint(engine)
     wrong = [(WEIGHTS, name) for name, value in now.weights.items() if value != manifest.weights[name]]

@@ -1,7 +1,10 @@
 """manifest.json: what a checkpoint consists of, and how its files are found to be what was written.
 
 Nothing in a checkpoint is code or pickle. Each byte is covered: this file by its own SHA-256, a shard's header by one
-too, the data of a tensor by the digest that was computed from the live engine.
+too, the data of a tensor by the digest that was computed from the live engine. Checksums tell damage, not malice: who
+can write a checkpoint can write its checksums, so sizes, names and numbers are looked at before they are used.
+
+Imports no torch: the parent reads a manifest before it starts a rank.
 """
 
 from __future__ import annotations
@@ -10,20 +13,28 @@ import hashlib
 import json
 import math
 import re
-import stat
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ulysses_exp.checkpoints.errors import CheckpointError
-from ulysses_exp.checkpoints.shards import DTYPES, Shard
 from ulysses_exp.layout import Layout
+from ulysses_exp.received import Refused, read_json, regular
+
+if TYPE_CHECKING:
+    from ulysses_exp.checkpoints.shards import Shard
 
 NAME = "manifest.json"
 PORTABLE = "portable"
-_FORMAT, _VERSION = "ulysses-exp checkpoint", 1
+_FORMAT, _VERSION = "ulysses-exp checkpoint", 2
+_READABLE = (1, 2)  # 1 has no `function`
 _SHARD_NAME = re.compile(r"[A-Za-z0-9_]+-\d{5}-of-\d{5}\.safetensors")
 _LARGEST_HEADER = 100_000_000  # bytes; the limit of the safetensors library
+_MOST = 10**15  # steps or samples; anything above is no count
+
+#: Bytes of an element by safetensors' name of its type.
+_ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 
 
 @dataclass
@@ -40,27 +51,30 @@ class Manifest:
     files: dict[str, dict[str, Any]]  # shard in portable/ -> bytes, sha256 of its header
     engine: dict[str, Any] = field(default_factory=dict)  # counters, learning rates, scheduler
     state: dict[str, Any] = field(default_factory=dict)  # the caller's
+    function: dict[str, Any] = field(default_factory=dict)  # huggingface/config.json, logits_sha256 of function.FILE
     versions: dict[str, str] = field(default_factory=dict)
 
     def write(self, folder: Path) -> None:
-        """Writes `folder`/manifest.json."""
+        """Writes `folder`/manifest.json. Raises CheckpointError where it would hold a number that is not finite."""
         content = {"format": _FORMAT, "version": _VERSION, **asdict(self)}
         content["sha256"] = _checksum(content)
-        (folder / NAME).write_text(json.dumps(content, indent=1))
+        try:
+            text = json.dumps(content, indent=1, allow_nan=False)
+        except ValueError:
+            problem = "would hold a number that is not finite, and could not be read again; look at optim"
+            raise CheckpointError(folder / NAME, problem) from None
+        (folder / NAME).write_text(text)
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
         """Raises CheckpointError where the file is missing, damaged, or not of this format."""
         path = folder / NAME
-        try:
-            content = json.loads(_regular(path).read_text(), parse_constant=_no_constant)
-        except FileNotFoundError:
-            raise CheckpointError(path, "missing; this is no checkpoint, or an unfinished one") from None
-        except (OSError, ValueError, RecursionError) as error:
-            raise CheckpointError(path, f"unreadable ({str(error).splitlines()[0]})") from None
+        if not path.exists() and not path.is_symlink():
+            raise CheckpointError(path, "missing; this is no checkpoint, or an unfinished one")
+        content = _json(path)
         if not isinstance(content, dict) or content.get("format") != _FORMAT:
             raise CheckpointError(path, "is not the manifest of a checkpoint of ulysses-exp")
-        if content.get("version") != _VERSION:
+        if content.get("version") not in _READABLE:
             raise CheckpointError(path, f"has format version {content.get('version')!r}, this is version {_VERSION}")
         checksum = content.pop("sha256", None)
         if checksum != _checksum(content):
@@ -70,8 +84,8 @@ class Manifest:
             manifest = cls(**content)
             Layout.parse(manifest.layout)
             manifest._check()
-        except (TypeError, ValueError) as error:
-            raise CheckpointError(path, f"has wrong entries ({error})") from None
+        except (TypeError, ValueError, OverflowError) as error:
+            raise CheckpointError(path, f"has wrong entries ({str(error)[:200]})") from None
         for name in manifest.files:
             if not _SHARD_NAME.fullmatch(name):
                 raise CheckpointError(path, f"names a file that no checkpoint holds: {name!r}")
@@ -84,18 +98,45 @@ class Manifest:
             if not isinstance(value, dict) or not all(isinstance(v, entry) for v in value.values()):
                 raise TypeError(name)
 
-        if not isinstance(self.step, int) or self.step < 0:
-            raise TypeError("step")
+        if not _counts(self.step):
+            raise TypeError("step is not a number of steps")
         table("weights", self.weights, str)
         table("module", self.module, str)
         for name, of, entry in (("states", self.states, str), ("numbers", self.numbers, (int, float))):
             table(name, of, dict)
             for value in of.values():
                 table(name, value, entry)
+        for numbers in self.numbers.values():
+            if not all(math.isfinite(number) for number in numbers.values()):
+                raise TypeError("numbers are not all finite")
         table("files", self.files, dict)
         for value in self.files.values():
-            if not isinstance(value.get("bytes"), int) or not isinstance(value.get("header_sha256"), str):
+            if not _counts(value.get("bytes")) or not isinstance(value.get("header_sha256"), str):
                 raise TypeError("files")
+        if not isinstance(self.engine, dict) or not isinstance(self.state, dict):
+            raise TypeError("engine and state are not tables")
+        for name in ("global_steps", "global_samples", "skipped_steps"):
+            count = self.engine.get(name)  # DeepSpeed counts samples in floats under sequence parallelism
+            if not _is_number(count) or not 0 <= count < _MOST:  # type: ignore[operator]
+                raise TypeError(f"engine.{name} is not a count")
+        groups = self.engine.get("groups")
+        if not isinstance(groups, list) or not all(isinstance(g, dict) and _is_number(g.get("lr")) for g in groups):
+            raise TypeError("engine.groups hold no learning rates")
+        if not isinstance(self.engine.get("scheduler"), dict | None):
+            raise TypeError("engine.scheduler")
+        generators = self.engine.get("generators")
+        if not isinstance(generators, list):
+            raise TypeError("engine.generators")
+        for generator in generators:
+            table("engine.generators", generator, str)
+
+
+def _counts(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _MOST
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def describe(shard: Shard) -> dict[str, Any]:
@@ -150,32 +191,47 @@ def _read_header(path: Path, about: dict[str, Any]) -> dict[str, Stored]:
             if length > min(size - 8, _LARGEST_HEADER):
                 raise CheckpointError(path, f"damaged: its header claims {length} bytes")
             text = file.read(length)
-    except FileNotFoundError:
-        raise CheckpointError(path, "missing") from None
     except OSError as error:
         raise CheckpointError(path, f"unreadable ({error.strerror})") from None
     if hashlib.sha256(length.to_bytes(8, "little") + text).hexdigest() != about["header_sha256"]:
         raise CheckpointError(path, "damaged or foreign: its header is not the one that was written")
-    tensors = {}
-    for name, entry in json.loads(text).items():
+    try:
+        return dict(_tensors(path, json.loads(text), 8 + length, size))
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise CheckpointError(path, f"has a header that no tensor file has ({type(error).__name__})") from None
+
+
+def _tensors(path: Path, header: dict[str, Any], first: int, size: int) -> Iterator[tuple[str, Stored]]:
+    """Raises one of several errors where an entry does not describe bytes of the file."""
+    for name, entry in header.items():
         if name != "__metadata__":
-            begin, end = entry["data_offsets"]
-            tensors[name] = Stored(path, entry["dtype"], tuple(entry["shape"]), 8 + length + begin, end - begin)
-            known = {kind: dtype.itemsize for dtype, kind in DTYPES.items()}
-            assert math.prod(entry["shape"]) * known[entry["dtype"]] == end - begin
-    return tensors
+            (begin, end), shape = entry["data_offsets"], tuple(entry["shape"])
+            if not all(map(_counts, (begin, end, *shape))) or not begin <= end <= size - first:
+                raise ValueError("offsets")
+            if math.prod(shape) * _ITEM_BYTES[entry["dtype"]] != end - begin:
+                raise ValueError("shape")
+            yield name, Stored(path, entry["dtype"], shape, first + begin, end - begin)
+
+
+def _json(path: Path) -> Any:
+    try:
+        _regular(path)
+        return read_json(path, path.parent)
+    except Refused as error:
+        raise CheckpointError(path, str(error).removeprefix(f"{path}: ")) from None
 
 
 def _regular(path: Path) -> Path:
-    """`path`, if it is a regular file; links could lead outside of the checkpoint."""
-    if not stat.S_ISREG(path.lstat().st_mode):
-        raise CheckpointError(path, "is not a regular file")
+    """`path`, a regular file of its checkpoint: neither it nor a folder on the way is a link."""
+    folder = path.parent.parent if path.parent.name == PORTABLE else path.parent
+    try:
+        if regular(path, folder) != folder.resolve() / path.relative_to(folder):
+            raise Refused(path, "is not a regular file")
+    except Refused as error:
+        problem = str(error).removeprefix(f"{path}: ")
+        raise CheckpointError(path, "missing" if problem == "is missing" else problem) from None
     return path
 
 
 def _checksum(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
-def _no_constant(name: str) -> float:
-    raise ValueError(f"{name} is not JSON")

@@ -33,17 +33,34 @@ def engine_state(engine: deepspeed.DeepSpeedEngine) -> dict[str, Any]:
 
 
 def restore(engine: deepspeed.DeepSpeedEngine, state: dict[str, Any]) -> None:
-    """Takes over counters, learning rates and schedule; generators where the number of ranks is the same."""
+    """Takes over counters and the place in the schedule; generators where the number of ranks is the same.
+
+    Learning rate, schedule and the other hyperparameters are those that the engine was built with, which are the
+    checkpoint's unless its user asked for others.
+    """
     for name in _COUNTERS:
         setattr(engine, name, state[name])
     # another layout accumulates over another number of micro steps; a step ends where this is a multiple of them
     engine.micro_steps = engine.global_steps * engine.gradient_accumulation_steps()
-    for group, saved in zip(engine.basic_optimizer.param_groups, state["groups"], strict=True):
-        group["lr"] = saved["lr"]
     if engine.lr_scheduler is not None and state["scheduler"] is not None:
-        engine.lr_scheduler.load_state_dict(state["scheduler"])
+        step = state["scheduler"].get("last_epoch")
+        if type(step) is not int or not 0 <= step < 2**53:
+            raise TypeError("scheduler.last_epoch")
+        go_to(engine, step)
     if len(state["generators"]) == dist.get_world_size():
         _restore_generators(state["generators"][dist.get_rank()])
+
+
+def go_to(engine: deepspeed.DeepSpeedEngine, step: int) -> None:
+    """Sets the learning rates that the engine's schedule, a LambdaLR, has after `step` steps.
+
+    A function of the step alone, so for an unchanged schedule these are the rates that were saved, bit for bit.
+    """
+    schedule = engine.lr_scheduler
+    rates = [base * factor(step) for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
+    for group, rate in zip(engine.basic_optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    schedule.last_epoch, schedule._step_count, schedule._last_lr = step, step + 1, rates
 
 
 def _generators() -> dict[str, str]:

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import os
+import shutil
 import threading
 import time
 import uuid
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import deepspeed
+import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
+from ulysses_exp.checkpoints import function, publish
 from ulysses_exp.checkpoints import manifest as manifests
-from ulysses_exp.checkpoints import publish
-from ulysses_exp.checkpoints.errors import written_together
+from ulysses_exp.checkpoints.errors import CheckpointError, written_together
 from ulysses_exp.checkpoints.fingerprints import from_digests, gather_scalars, names
 from ulysses_exp.checkpoints.homes import fragments
 from ulysses_exp.checkpoints.huggingface import write_huggingface
@@ -49,6 +55,7 @@ def begin(
     state: dict[str, Any],
     keep: int | None = None,
     tokenizer: Any = None,
+    logits: dict[str, torch.Tensor] | None = None,
 ) -> Saving:
     """Hands a checkpoint to the kernel; a thread brings it to disk and gives it its name while the engine goes on.
 
@@ -59,6 +66,7 @@ def begin(
         folder: `<run>/checkpoints/step<N>`.
         state: what else resuming needs, as JSON.
         keep: how many step folders stay in `<run>/checkpoints`; None keeps all.
+        logits: of a fixed batch, as `function.record` keeps them; None records none.
 
     Raises:
         CheckpointError: on all ranks, where one of them cannot write; what was there before is still there.
@@ -67,10 +75,40 @@ def begin(
     folder = Path(folder)
     rank = dist.get_rank()
     temporary = folder.parent / f".{folder.name}.partial"
-    with written_together(folder):
-        if rank == 0:
-            publish.begin(folder)
-            (temporary / manifests.PORTABLE).mkdir()
+    with _gone_if_it_fails(temporary, folder):
+        with written_together(folder):
+            if rank == 0:
+                publish.begin(folder)
+                (temporary / manifests.PORTABLE).mkdir()
+        files, size = _write(engine, folder, temporary, layout, step, state, tokenizer, logits)
+    return Saving(files, temporary, folder, keep, began, size)
+
+
+@contextlib.contextmanager
+def _gone_if_it_fails(temporary: Path, folder: Path) -> Iterator[None]:
+    """Removes what could be written of a checkpoint that cannot: it would keep the disk full."""
+    try:
+        yield
+    except CheckpointError as error:
+        if dist.get_rank() == 0:
+            for file in temporary.glob("*/*"):
+                with contextlib.suppress(OSError):
+                    os.truncate(file, 0)  # ranks that have it open would keep its bytes
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise CheckpointError(folder, error.problem) from error
+
+
+def _write(
+    engine: deepspeed.DeepSpeedEngine,
+    folder: Path,
+    temporary: Path,
+    layout: Layout,
+    step: int,
+    state: dict[str, Any],
+    tokenizer: Any,
+    logits: dict[str, torch.Tensor] | None,
+) -> tuple[list[Files], int]:
+    """Hands all of it to the kernel; returns the files, not yet synced, and the bytes of the portable part."""
     held = list(fragments(engine))
     shards = plan(held, names(engine))
     files = [Files(temporary / manifests.PORTABLE), Files(temporary / "huggingface")]
@@ -79,7 +117,10 @@ def begin(
     module = write_huggingface(engine, files[1], temporary / "huggingface", tokenizer)
     counters = engine_state(engine)
     with written_together(folder):
-        if rank == 0:
+        if dist.get_rank() == 0:
+            computes = {"config": json.loads((temporary / "huggingface" / "config.json").read_text())}
+            if logits is not None:
+                computes["logits_sha256"] = function.write(logits, temporary)
             manifests.Manifest(
                 layout=layout.name,
                 step=step,
@@ -91,10 +132,10 @@ def begin(
                 files={shard.file: manifests.describe(shard) for shard in shards},
                 engine=counters,
                 state=state,
+                function=computes,
                 versions={name: version(name) for name in ("torch", "deepspeed", "transformers", "safetensors")},
             ).write(temporary)
-    size = sum(tensor.nbytes for shard in shards for tensor in shard.tensors)
-    return Saving(files, temporary, folder, keep, began, size)
+    return files, sum(tensor.nbytes for shard in shards for tensor in shard.tensors)
 
 
 class Saving:
@@ -118,7 +159,7 @@ class Saving:
         Raises:
             CheckpointError: on all ranks, where one of them could not write; what was there before is still there.
         """
-        with written_together(self._folder):
+        with _gone_if_it_fails(self._temporary, self._folder), written_together(self._folder):
             self._thread.join()
             if self._error is not None:
                 raise self._error

@@ -55,15 +55,16 @@ class Batches:
         self._next = (step + 1, self._reader.submit(self._read, step + 1))
         return batches
 
-    def _read(self, step: int) -> list[MicroBatch]:
+    def sequences(self, step: int) -> list[range]:
+        """Which sequences of the training data each micro batch of this rank reads in optimizer step `step`."""
         train, dp = self.config.train, self.config.layout.dp
         first = step * train.global_batch_size
         micro = train.micro_batch_size
-        return [
-            self.micro_batch("train", range(start, start + micro))
-            for k in range(self.config.accumulation)
-            for start in [first + (k * dp + self.dp_rank) * micro]
-        ]
+        starts = [first + (k * dp + self.dp_rank) * micro for k in range(self.config.accumulation)]
+        return [range(start, start + micro) for start in starts]
+
+    def _read(self, step: int) -> list[MicroBatch]:
+        return [self.micro_batch("train", indices) for indices in self.sequences(step)]
 
     def micro_batch(self, split: str, indices: range | list[int], whole: bool = False) -> MicroBatch:
         """Sequences `indices` of `split`, cut to this rank's slice, or uncut where one rank evaluates them `whole`."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from ulysses_exp.bounds import LEAST_TOKENS
 from ulysses_exp.config import Config, ConfigError
 
 HELD_OUT = 0.1  # the last tenth of a text is for evaluation
@@ -111,8 +112,11 @@ def _hub(config: Config, tokenizer) -> Corpus:
             raise ConfigError("data.text_column", problem, f"choose from {', '.join(table.column_names)}")
         end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
         parts = [np.asarray(tokenizer(text)["input_ids"] + end, dtype=np.int64) for text in table[data.text_column]]
-        return np.concatenate(parts)
+        return np.concatenate([*parts, np.empty(0, np.int64)])
 
+    text = tokens(data.split)
+    if len(text) < LEAST_TOKENS:
+        raise ConfigError("data.dataset", f"{data.dataset} holds {len(text)} tokens", f"set at least {LEAST_TOKENS}")
     if data.eval_split is None:
-        return _split(data.dataset, tokens(data.split), tokenizer)
-    return Corpus(data.dataset, tokens(data.split), tokens(data.eval_split), tokenizer)
+        return _split(data.dataset, text, tokenizer)
+    return Corpus(data.dataset, text, tokens(data.eval_split), tokenizer)

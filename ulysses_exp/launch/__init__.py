@@ -26,7 +26,7 @@ def open_ranks(config: Config) -> Ranks:
     if config.launch.name == "attached":
         from ulysses_exp.launch.attached import AttachedRanks
 
-        return AttachedRanks()
+        return AttachedRanks(config.launch)
     if config.launch.name == "slurm":
         from ulysses_exp.launch.slurm import SlurmRanks
 

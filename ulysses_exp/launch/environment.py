@@ -24,7 +24,11 @@ def prepare(device: str) -> None:
 
 
 def make_importable() -> None:
-    """Processes started from here on find this package, also where it is a checkout that is not installed."""
+    """Processes started from here on find this package, also where it is a checkout that is not installed.
+
+    They do not look for modules in the current folder, which may be somebody else's.
+    """
+    os.environ["PYTHONSAFEPATH"] = "1"
     here = str(Path(__file__).resolve().parents[2])
     if here not in (paths := os.environ.get("PYTHONPATH", "").split(os.pathsep)):
         os.environ["PYTHONPATH"] = os.pathsep.join([here, *filter(None, paths)])

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
-import time
+import sys
 import traceback
+from enum import IntEnum
 from pathlib import Path
+from time import time as now
+
+from ulysses_exp.config import ConfigError
+from ulysses_exp.output_trouble import full_places
+from ulysses_exp.redaction import redacted
+
+#: What collectives and stores of torch say when they have waited for `launch.timeout_s`.
+_TIMEOUT = ("timed out", "timeout")
+
+_LAST_WORDS = "ulysses-exp: "  # what follows, in a rank's stderr, is its error
 
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "std::bad_alloc")
 
@@ -15,12 +27,38 @@ def _says_out_of_memory(text: str) -> bool:
     return any(mark in text.lower() for mark in _OUT_OF_MEMORY)
 
 
-class RankFailure(Exception):
-    """`str()` is for the user: the rank, what it said. `trace` is for the log."""
+def is_timeout(text: str) -> bool:
+    """Whether an error says that a rank waited too long for others."""
+    return any(mark in text.lower() for mark in _TIMEOUT)
 
-    def __init__(self, rank: int, message: str, trace: str = ""):
-        super().__init__(f"rank {rank}: {message}")
-        self.rank, self.message, self.trace = rank, message, trace
+
+def _lost_another(text: str) -> bool:
+    return "connection closed by peer" in text.lower() or "connection reset" in text.lower()
+
+
+class Cause(IntEnum):
+    """What of several failures the others followed from: the least."""
+
+    KILLED = 0
+    STANDS_STILL = 1
+    ERROR = 2
+    OTHERS = 3  # waited for a rank that did not come, or lost one
+
+
+class RankFailure(Exception):
+    """`str()` is for the user: the rank, what it said. `trace` is for the log, `time` is Unix time."""
+
+    def __init__(
+        self,
+        rank: int | None,
+        message: str,
+        trace: str = "",
+        cause: int = Cause.ERROR,
+        time: float | None = None,
+    ):
+        super().__init__(message if rank is None else f"rank {rank}: {message}")
+        self.rank, self.message, self.trace, self.cause = rank, message, trace, Cause(cause)
+        self.time = now() if time is None else time
 
     @property
     def out_of_memory(self) -> bool:
@@ -29,16 +67,29 @@ class RankFailure(Exception):
 
 
 def record(folder: Path, rank: int, error: BaseException) -> None:
-    """Leaves `error` of `rank` where the parent finds it. The time tells the first failure from those it caused."""
+    """Leaves `error` of `rank` where the parent finds it, unless the rank has left one already.
+
+    The time tells the first failure from those it caused.
+    """
+    if (folder / f"error-rank{rank}.json").exists():
+        return
     text = str(error)
     oom = isinstance(error, MemoryError) or _says_out_of_memory(text)
-    message = f"{type(error).__name__}: {text}" if text else type(error).__name__
+    everywhere = isinstance(error, ConfigError)
+    message = text if everywhere else f"{type(error).__name__}: {text}" if text else type(error).__name__
     entry = {
-        "time": time.time(),
+        "time": now(),
         "message": f"out of memory ({message})" if oom else message,
+        "everywhere": everywhere,  # no matter of this rank alone
         "trace": "".join(traceback.format_exception(error)),
     }
-    (folder / f"error-rank{rank}.json").write_text(json.dumps(entry))
+    try:
+        temporary = folder / f"error-rank{rank}.tmp"  # the parent may end this process at any time
+        temporary.write_text(redacted(json.dumps(entry)))
+        temporary.replace(folder / f"error-rank{rank}.json")
+    except OSError:  # no room for a file; the one that stderr goes to is there already
+        with contextlib.suppress(OSError):
+            print(redacted(f"{_LAST_WORDS}{' '.join(message.split())}"), file=sys.stderr, flush=True)
 
 
 def first_failure(folder: Path, exitcodes: dict[int, int | None]) -> RankFailure:
@@ -52,14 +103,30 @@ def first_failure(folder: Path, exitcodes: dict[int, int | None]) -> RankFailure
             said = folder / f"rank{rank}.err"
             if name == "SIGABRT" and said.exists() and "std::bad_alloc" in said.read_text(errors="replace"):
                 hint = " (out of memory: std::bad_alloc in a thread of its own)"
-            return RankFailure(rank, f"killed by {name}{hint}")
-    errors = []
+            return RankFailure(rank, f"killed by {name}{hint}", cause=Cause.KILLED)
+    errors, unsaid = [], []
     for path in folder.glob("error-rank*.json"):
-        entry = json.loads(path.read_text())
+        try:
+            entry = json.loads(path.read_text())
+        except ValueError:  # not even the reason could be written
+            unsaid.append(folder)
+            continue
         errors.append((entry["time"], int(path.stem.removeprefix("error-rank")), entry))
+    full = unsaid or full_places([folder, Path("/dev/shm")])
+    if full and not any("cannot be written" in entry["message"] for _, _, entry in errors):
+        rank = next((r for r, code in exitcodes.items() if code), 0)  # who failed first could not say why
+        return RankFailure(rank, f"the disk of {full[0]} is full")
     if errors:
         _, rank, entry = min(errors, key=lambda e: e[:2])
         lines = entry["message"].splitlines()
-        return RankFailure(rank, next((line for line in lines if line.strip()), "no message"), entry["trace"])
+        cause = Cause.OTHERS if is_timeout(entry["trace"]) or _lost_another(entry["trace"]) else Cause.ERROR
+        first = next((line for line in lines if line.strip()), "no message")
+        whose = None if entry.get("everywhere") else rank
+        return RankFailure(whose, first, entry["trace"], cause, entry["time"])
+    for rank in exitcodes:
+        said = folder / f"rank{rank}.err"
+        lines = said.read_text(errors="replace").splitlines() if said.exists() else []
+        if words := [line for line in lines if line.startswith(_LAST_WORDS)]:
+            return RankFailure(rank, words[0].removeprefix(_LAST_WORDS))
     rank, code = next(((r, c) for r, c in exitcodes.items() if c), (0, None))
     return RankFailure(rank, f"ended with exit code {code} and no message")

@@ -6,9 +6,6 @@ import ctypes
 import os
 import signal
 
-#: The forkserver finds here the process that it belongs to.
-OWNER = "ULYSSES_EXP_OWNER"
-
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 _forked_by: int | None = None
@@ -25,8 +22,8 @@ os.register_at_fork(before=_remember)
 def die_with_parent(parent: int | None = None) -> None:
     """Asks the kernel to kill this process when the thread that started it ends, also by SIGKILL.
 
-    Called in the forkserver (which multiprocessing otherwise keeps alive as long as one of its children lives) and in
-    every rank (its child; under torchrun, the launcher's). Ends the process at once where the parent is gone already.
+    Called in the server that ranks are forks of, in each of its forks, and in what a launcher has started. Ends the
+    process at once where the parent is gone already.
 
     Args:
         parent: the process that is to be alive; None takes the one that forked this process, if it is known.

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import math
 import os
+from datetime import timedelta
 
 from ulysses_exp.config import LaunchConfig
-from ulysses_exp.launch.environment import prepare
+from ulysses_exp.launch.environment import prepare as prepare_environment
 from ulysses_exp.launch.failure import first_failure
+from ulysses_exp.launch.orphans import die_with_parent
+from ulysses_exp.launch.supervision import prepare
 from ulysses_exp.launch.task import Task
 
 _PORT = 29571  # of the first node; only where ranks are on several
@@ -26,8 +29,8 @@ class SlurmRanks:
         """Submits `task` and waits for it. Raises RankFailure, KeyboardInterrupt (the submission is cancelled)."""
         import submitit
 
-        task.results.mkdir(parents=True, exist_ok=True)
-        prepare(task.config.device)
+        prepare(task)
+        prepare_environment(task.config.device)
         world, launch = task.layout.world, self.launch
         per_node = min(world, launch.gpus_per_node)
         nodes = math.ceil(world / per_node)
@@ -57,6 +60,7 @@ class SlurmRanks:
 def _rank(task: Task, nodes: int) -> None:
     import submitit
 
+    die_with_parent()
     here = submitit.JobEnvironment()
     os.environ.update(
         RANK=str(here.global_rank), LOCAL_RANK=str(here.local_rank), WORLD_SIZE=str(here.num_tasks),
@@ -71,5 +75,6 @@ def _rank(task: Task, nodes: int) -> None:
     if nodes == 1:
         store = FileStore(str(task.results / "meeting"), here.num_tasks)
     else:
-        store = TCPStore(here.hostnames[0], _PORT, here.num_tasks, is_master=here.global_rank == 0)
+        timeout = timedelta(seconds=task.config.launch.timeout_s)
+        store = TCPStore(here.hostnames[0], _PORT, here.num_tasks, here.global_rank == 0, timeout)
     run(task, here.global_rank, store)

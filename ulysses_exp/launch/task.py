@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 from ulysses_exp.config import Config
 from ulysses_exp.layout import Layout
@@ -31,3 +34,42 @@ class Task:
     def results(self) -> Path:
         """Where the ranks of this task leave results, logs and errors."""
         return self.folder / "ranks" / self.name
+
+    def to_json(self) -> str:
+        """All of it, for ranks that another launcher has started. Raises TypeError for options that JSON has not."""
+        return json.dumps(asdict(self) | {"folder": str(self.folder)})
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Task:
+        """What `to_json` wrote: data of the declared types, nothing else. Raises ValueError where it is no task."""
+        try:
+            return _typed(cls, json.loads(text), "task")
+        except RecursionError:
+            raise ValueError("task: too deep") from None
+
+
+def _typed(kind: Any, value: Any, key: str) -> Any:
+    """`value`, as JSON has it, as a `kind`. Raises ValueError, which names the key."""
+    if is_dataclass(kind) and isinstance(kind, type):
+        hints, names = get_type_hints(kind), {f.name for f in fields(kind)}
+        if not isinstance(value, Mapping) or value.keys() != names:
+            raise ValueError(f"{key}: not the settings of {kind.__name__}")
+        return kind(**{name: _typed(hints[name], value[name], f"{key}.{name}") for name in names})
+    if isinstance(kind, UnionType):
+        for choice in get_args(kind):
+            if choice is NoneType and value is None:
+                return None
+        (kind,) = (choice for choice in get_args(kind) if choice is not NoneType)
+        return _typed(kind, value, key)
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin in (list, tuple) and isinstance(value, list):
+        return origin(_typed(inner[0], item, key) for item in value)
+    if origin is dict and isinstance(value, dict):
+        return value
+    if kind is Path and isinstance(value, str):
+        return Path(value)
+    if kind is float and type(value) is int:
+        return value  # as in the parent, where an override may be a whole number
+    if type(value) is kind:
+        return value
+    raise ValueError(f"{key}: {type(value).__name__} is not its type")

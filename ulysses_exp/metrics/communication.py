@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from ulysses_exp.launch import heartbeat
+
 
 class AllToAllCounter:
     """Counts the all-to-alls that this process starts while the context is open.
@@ -32,12 +34,14 @@ class AllToAllCounter:
                 if input_split_sizes
                 else input.numel() // size
             )
+            heartbeat.beat()
             self.calls += 1
             self.bytes += (input.numel() - own) * input.element_size()
             return single(output, input, output_split_sizes, input_split_sizes, group, async_op)
 
         def counted_listed(output_tensor_list, input_tensor_list, group=None, async_op=False):
             own = torch.distributed.get_rank(group)
+            heartbeat.beat()
             self.calls += 1
             self.bytes += sum(t.numel() * t.element_size() for r, t in enumerate(input_tensor_list) if r != own)
             return listed(output_tensor_list, input_tensor_list, group, async_op)

@@ -15,13 +15,11 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
 from typing import Any, TypeVar
 
 from ulysses_exp.config import Config, ConfigError, device_of
-from ulysses_exp.launch.interrupts import as_interrupts
 from ulysses_exp.launch.local import warm_up
-from ulysses_exp.launch.orphans import die_with_parent
+from ulysses_exp.launch.server import Fork, ServerEnded, server
 
 A = TypeVar("A")
 R = TypeVar("R")
@@ -38,7 +36,7 @@ class Forks:
 
     def __init__(self, at_a_time: int):
         self._threads = ThreadPoolExecutor(at_a_time)
-        self._running: set[BaseProcess] = set()
+        self._running: set[Fork] = set()
         self._lock = threading.Lock()  # between a process that starts and `close`
         self._closed = False
 
@@ -51,24 +49,21 @@ class Forks:
         return self._threads.submit(self._call, function, argument)
 
     def _call(self, function: Callable[[A], R], argument: A) -> R:
-        context = multiprocessing.get_context("forkserver")
-        receiver, sender = context.Pipe(duplex=False)
-        process = context.Process(target=_answer, args=(function, argument, sender), daemon=True)
-        with self._lock:
-            if self._closed:
-                raise TraceError("no longer asked for")
-            process.start()
-            self._running.add(process)
-        sender.close()
-        try:
-            result, error, trace = receiver.recv()
-        except EOFError:
-            process.join()
-            raise TraceError(_how_it_ended(process.exitcode)) from None
-        finally:
-            process.join()
-            self._running.discard(process)
-            receiver.close()
+        receiver, sender = multiprocessing.Pipe(duplex=False)
+        with receiver:
+            with sender, self._lock:
+                if self._closed:
+                    raise TraceError("no longer asked for")
+                process = server().fork(_answer, function, argument, fds=[sender.fileno()])
+                self._running.add(process)
+            try:
+                result, error, trace = receiver.recv()
+            except EOFError:
+                raise TraceError(_how_it_ended(process)) from None
+            finally:
+                with self._lock:
+                    self._running.discard(process)
+                    process.close()
         if error is not None:
             log.error("plan: %s", trace)
             raise error
@@ -83,36 +78,38 @@ class Forks:
         self._threads.shutdown(cancel_futures=True)
 
 
-def _how_it_ended(exitcode: int | None) -> str:
-    """Of a process that left no answer; what the kernel's memory killer sends is SIGKILL."""
-    if exitcode == -signal.SIGKILL:
+def _how_it_ended(process: Fork) -> str:
+    """Of one that left no answer."""
+    try:
+        code = process.join()
+    except ServerEnded as error:
+        return f"{error}; run the plan again"
+    if code == -signal.SIGKILL:
         return (
             "the process that traces the model was ended by SIGKILL, as the kernel does where memory runs out: a trace "
             "takes about 1 GB; free some, or plan fewer ranks or layers"
         )
-    if exitcode is not None and exitcode < 0:
-        return f"the process that traces the model was ended by {signal.Signals(-exitcode).name}; run the plan again"
-    return f"the process that traces the model ended with exit code {exitcode} and no answer; run the plan again"
+    how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code} and no answer"
+    return f"the process that traces the model {how}; run the plan again"
 
 
 @contextlib.contextmanager
 def forks(config: Config) -> Iterator[Forks]:
     """As many processes at a time as there are cores, two at most: more traces than that are never asked for.
 
-    They end with this process, whatever ends it; SIGTERM and SIGHUP raise KeyboardInterrupt within.
+    They end with this process, whatever ends it.
     """
-    with as_interrupts():
-        warm_up(device_of(config))
-        pool = Forks(min(2, os.cpu_count() or 1))
-        try:
-            yield pool
-        finally:
-            pool.close()
+    warm_up(device_of(config))
+    pool = Forks(min(2, os.cpu_count() or 1))
+    try:
+        yield pool
+    finally:
+        pool.close()
 
 
-def _answer(function: Callable[[Any], Any], argument: Any, sender: Connection) -> None:
+def _answer(function: Callable[[Any], Any], argument: Any, pipe: int) -> None:
     """In the fork: sends (result, exception, trace). What the libraries print goes nowhere."""
-    die_with_parent()
+    sender = Connection(pipe, readable=False)
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for stream in (1, 2):
         os.dup2(nowhere, stream)

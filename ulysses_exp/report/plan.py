@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from rich import box
-from rich.table import Table
-
+from ulysses_exp.report.plain_table import PlainTable, figures_table
 from ulysses_exp.report.units import of_bytes, of_count, of_seconds
 
 #: What the parts of memory are called, in the order in which they are shown.
@@ -57,10 +55,10 @@ def facts(stage: Mapping[str, Any]) -> list[tuple[str, str]]:
     return found
 
 
-def tables(stage: Mapping[str, Any]) -> list[Table]:
+def tables(stage: Mapping[str, Any]) -> list[PlainTable]:
     """Memory of a rank by kind, and what it sends in a step."""
     phase = stage["peak_is_in"]
-    memory = _table("memory a rank", "at its fullest", "between steps")
+    memory = figures_table("memory a rank", "at its fullest", "between steps")
     peak, rest = stage["phases"][phase], stage["at_rest"]
     for kind, name in KINDS.items():
         if peak.get(kind) or rest.get(kind):
@@ -70,7 +68,7 @@ def tables(stage: Mapping[str, Any]) -> list[Table]:
         memory.add_row("host memory", of_bytes(stage["host_memory_bytes_per_rank"]), "")
     if not stage["collectives"]:
         return [memory]
-    sent = _table("sent in a step", "ranks", "calls", "bytes a rank", "time")
+    sent = figures_table("sent in a step", "ranks", "calls", "bytes a rank", "time")
     for c in stage["collectives"]:
         name = c["name"].replace("_", "-")
         seconds = c["seconds"]
@@ -90,11 +88,3 @@ def remarks(stage: Mapping[str, Any]) -> list[str]:
         f"{'exact' if known['all_to_all_bytes_exact'] else 'NOT exact'} in {known['cells']} runs of tiny models "
         f"({known['measured_on']}); on a GPU {known['gpu']}",
     ]
-
-
-def _table(first: str, *others: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold", show_edge=False)
-    table.add_column(first, no_wrap=True)
-    for name in others:
-        table.add_column(name, justify="right", no_wrap=True)
-    return table

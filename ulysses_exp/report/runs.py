@@ -1,22 +1,25 @@
-"""Run folders as the report reads them, finished or not."""
+"""Run folders as the report reads them: finished or not, whole or damaged."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
+import shlex
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from ulysses_exp.layout import Layout
+from ulysses_exp.report import shape
+from ulysses_exp.report.files import MIB, Unreadable, read, read_json, read_yaml
+from ulysses_exp.report.plain import ends, line
+from ulysses_exp.run_folder import settled
 
 #: Folders of a run that hold no further run
-_INSIDE_A_RUN = {".hydra", "checkpoints", "ranks", "wandb", "profile", "compiled"}
+_INSIDE_A_RUN = {".hydra", "checkpoints", "ranks", "wandb", "profile", "compiled", "previous"}
 
 #: Settings that may differ between two runs whose losses must be the same
 _NOT_PART_OF_THE_LOSS = (
@@ -24,27 +27,38 @@ _NOT_PART_OF_THE_LOSS = (
     "sweep", "device", "hydra", "experiment", "optimize",
 )  # fmt: skip
 
-
 #: Settings that the layout, the model or the length stand for already, or that say where and how a job ran
 _NOT_A_TRAIT = (
     "sp.size", "dp", "zero.stage", "model", "train.seq_len", "stages", "eval", "reload", "parity", "plan", "checkpoint",
     "tracker", "launch", "sweep", "device", "hydra", "experiment", "optimize",
 )  # fmt: skip
 
+#: What is read of a file at most, in bytes
+_RESULTS, _METRICS, _CONFIG = 32 * MIB, 64 * MIB, 1 * MIB
+
+_SETTING, _SHOWN = 2000, 40  # characters that are read of a setting, that are shown
+_NOTES = 3  # of what is wrong with a file that many are shown
+
 
 @dataclass(frozen=True)
 class Run:
-    """A job's folder: results.json, metrics.jsonl and the composed configuration, as far as they are there."""
+    """A job's folder: results.json, metrics.jsonl and the composed configuration, as far as they are there and sound.
+
+    Values have the types of `shape`; what was of another type is not in them, but in `damaged`.
+    """
 
     folder: Path
     results: dict[str, Any]
-    metrics: list[dict[str, float]]
+    logged: dict[int, float]  # training loss by optimizer step, of metrics.jsonl; NaN where it is not finite
     config: dict[str, Any]
+    command: str | None = None  # what starts the same job again
+    damaged: tuple[str, ...] = ()  # what is wrong with the files, one short sentence each
+    not_finite: tuple[str, ...] = ()  # figures of results.json that are NaN or infinite, by dotted path
 
     @property
     def status(self) -> str:
-        """ok, failed, interrupted, skipped, or unfinished where there is no results.json."""
-        return str(self.results.get("status", "unfinished"))
+        """ok, failed, interrupted, skipped, running, unfinished where there is no results.json, or damaged."""
+        return "damaged" if self.damaged else str(self.results.get("status", "unfinished"))
 
     @cached_property
     def layout(self) -> Layout | None:
@@ -56,36 +70,49 @@ class Run:
             }
         try:
             return Layout(int(known["sp"]), int(known["dp"]), int(known["zero"]))
-        except (TypeError, ValueError, KeyError):
+        except (TypeError, ValueError, KeyError, OverflowError):
             return None
 
-    @property
+    @cached_property
     def model(self) -> str:
         """A name of the configuration or of a hub; of a local folder its last part."""
         name = str(self.results.get("model", {}).get("name") or self.setting("model.name") or "?")
         return Path(name).name if name.startswith(("/", "./", "../", "~")) else name
 
+    @cached_property
+    def name(self) -> str:
+        """The folder's name, as it can be shown."""
+        return line(self.folder.name, shape.NAME).lstrip("_") or "?"  # matplotlib hides what begins with _
+
     @property
     def place(self) -> str:
         """What the folder's name says beyond model and layout, e.g. when the job began."""
         suffix = f"-{self.model}-{self.layout.name}" if self.layout else ""
-        name = self.folder.name.removesuffix(suffix)
-        return name if len(name) <= 32 else f"{name[:31]}…"
+        return line(self.name.removesuffix(suffix), 32)
 
-    @property
+    @cached_property
     def seq_len(self) -> int | None:
         """Tokens of a sequence over all of its ranks: as configured, or the longest that a search has found."""
-        return self.figure("train.max_seq_len") or self.setting("train.seq_len")
+        asked = self.setting("train.seq_len")
+        sound = isinstance(asked, int) and not isinstance(asked, bool) and 0 < asked < 2**53
+        return self.figure("train.max_seq_len") or (asked if sound else None)
 
     @cached_property
     def losses(self) -> dict[int, float]:
-        """Training loss by optimizer step; in an unfinished run as far as it came."""
-        logged = {
-            int(line["step"]): line["train/loss"] for line in self.metrics if "train/loss" in line and "step" in line
-        }
-        train = self.results.get("stages", {}).get("train", {})
-        first = int(train.get("first_step") or 0)
-        return logged | {first + i: loss for i, loss in enumerate(train.get("loss") or [], 1)}
+        """Training loss by optimizer step, NaN where it is not finite; in an unfinished run as far as it came."""
+        first = self.figure("train.first_step") or 0
+        return self.logged | {first + i: loss for i, loss in enumerate(self.figure("train.loss") or [], 1)}
+
+    @cached_property
+    def diverged(self) -> list[int]:
+        """The steps at which the training loss is not finite."""
+        return [step for step, loss in self.losses.items() if math.isnan(loss)]
+
+    @cached_property
+    def last_loss(self) -> float | None:
+        """Training loss of the last step; None without one, and where it is not finite."""
+        last = next(reversed(self.losses.values()), None)
+        return None if last is None or math.isnan(last) else last
 
     def setting(self, key: str) -> Any:
         """A value of the configuration by its dotted key, None where it has none."""
@@ -96,10 +123,23 @@ class Run:
 
     def figure(self, path: str) -> Any:
         """A value of results.json below `stages` by its dotted path, None where the stage did not run or has none."""
-        node: Any = self.results.get("stages", {})
+        node: Any = self.results["stages"]
         for name in path.split("."):
             node = node.get(name) if isinstance(node, dict) else None
         return node
+
+    @cached_property
+    def traits(self) -> dict[str, str]:
+        """What can tell a run from another, each as it is written beside a line of a picture."""
+        layout = self.layout
+        return {
+            "model": self.model,
+            "sp": f"sp {layout.sp}" if layout else "?",
+            "dp": f"dp {layout.dp}" if layout else "?",
+            "zero": f"ZeRO {layout.zero}" if layout else "?",
+            "seq_len": f"{self.seq_len:,} tokens" if self.seq_len else "?",
+            **{key: f"{short_key(key)} {value}" for key, value in _leaves(self.config)},
+        }
 
     @cached_property
     def experiment(self) -> str:
@@ -113,7 +153,8 @@ class Run:
 def find(paths: Iterable[Path]) -> list[Run]:
     """All runs at or below `paths`, ordered by model, sequence length and layout, then as they were started.
 
-    A job that has not finished, or was killed, is read as far as it came: complete lines of metrics.jsonl.
+    A job that has not finished, or was killed, is read as far as it came: complete lines of metrics.jsonl. What is
+    damaged in a run is left out of it and noted.
 
     Raises:
         FileNotFoundError: a path does not exist.
@@ -135,19 +176,6 @@ def find(paths: Iterable[Path]) -> list[Run]:
     )  # fmt: skip
 
 
-def traits(run: Run) -> dict[str, str]:
-    """What can tell a run from another, each as it is written beside a line of a picture."""
-    layout = run.layout
-    return {
-        "model": run.model,
-        "sp": f"sp {layout.sp}" if layout else "?",
-        "dp": f"dp {layout.dp}" if layout else "?",
-        "zero": f"ZeRO {layout.zero}" if layout else "?",
-        "seq_len": f"{run.seq_len:,} tokens" if run.seq_len else "?",
-        **{key: f"{_short(key)} {value}" for key, value in _leaves(run.config)},
-    }
-
-
 def _leaves(node: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
     """The settings that can be traits, by dotted key."""
     for name, value in node.items():
@@ -157,67 +185,85 @@ def _leaves(node: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]
         if isinstance(value, dict):
             yield from _leaves(value, f"{key}.")
         else:
-            yield key, str(value)
+            yield key, setting_text(value)
 
 
-def _short(key: str) -> str:
+def setting_text(value: Any) -> str:
+    """A setting as it is shown; of a drawn number, e.g. a search's learning rate, four digits."""
+    text = str(value)
+    return f"{value:.4g}" if isinstance(value, float) and len(text) > 9 else ends(text, _SHOWN)
+
+
+@lru_cache(maxsize=4096)
+def short_key(key: str) -> str:
     """`memory.name` is called memory, `train.steps` steps."""
     return key.removesuffix(".name").rsplit(".", 1)[-1]
 
 
-def differing(runs: list[Run]) -> list[str]:
-    """The traits in which `runs` are not all the same."""
-    values: dict[str, set[str]] = {}
-    for run in runs:
-        for name, value in traits(run).items():
-            values.setdefault(name, set()).add(value)
-    several = [name for name, found in values.items() if len(found - {"?"}) > 1]
-    return [name for name in several if not _told_by_name(name, runs)]
-
-
-def _told_by_name(trait: str, runs: list[Run]) -> bool:
-    """Whether the choice of the trait's group says it all: another choice changes many of the group's settings."""
-    group = f"{trait.split('.')[0]}.name"
-    if trait == group or "." not in trait:
-        return False
-    values: dict[str | None, set[str | None]] = {}
-    for run in runs:
-        of_run = traits(run)
-        values.setdefault(of_run.get(group), set()).add(of_run.get(trait))
-    return len(values) > 1 and all(len(found) == 1 for found in values.values())
-
-
-def labels(runs: list[Run]) -> list[str]:
-    """A short name for each run: its layout and whatever else tells it from the others."""
-    names = [name for name in differing(runs) if name not in ("sp", "dp", "zero")]
-    short = [
-        ", ".join(
-            [
-                run.layout.name if run.layout else run.folder.name,
-                *(traits(run)[name] for name in names if name in traits(run)),
-            ]
-        )
-        for run in runs
-    ]
-    return [f"{text} ({run.place})" if short.count(text) > 1 else text for text, run in zip(short, runs, strict=True)]
-
-
 def _read(folder: Path) -> Run:
-    results = _json(folder / "results.json")
-    metrics = []
-    if (folder / "metrics.jsonl").exists():
-        for line in (folder / "metrics.jsonl").read_text().splitlines():
-            try:
-                metrics.append(json.loads(line))
-            except ValueError:  # the line that was being written
-                continue
-    composed = folder / ".hydra" / "config.yaml"
-    config: Any = OmegaConf.to_container(OmegaConf.load(composed), resolve=False) if composed.exists() else {}
-    return Run(folder, results, metrics, {str(key): value for key, value in config.items()})
-
-
-def _json(path: Path) -> dict[str, Any]:
+    found = shape.Findings()
+    damaged: list[str] = []
+    results: dict[str, Any] = {"stages": {}}
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
+        content = read_json(folder / "results.json", _RESULTS)
+        if content is not None or (folder / "results.json").exists():
+            results = settled(shape.results(content, found), folder)
+    except Unreadable as error:
+        damaged.append(f"results.json {error}")
+    damaged += [f"results.json: {text.strip()}" for text in found.damaged[:_NOTES]]
+    if len(found.damaged) > _NOTES:
+        damaged.append(f"results.json: {len(found.damaged) - _NOTES} more values of a wrong type")
+    config: Any = {}
+    try:
+        config = read_yaml(folder / ".hydra" / "config.yaml", _CONFIG)
+        if config is not None and not isinstance(config, dict):
+            damaged.append(".hydra/config.yaml holds no settings")
+    except Unreadable as error:
+        damaged.append(f".hydra/config.yaml {error}")
+    config = _shown(config) if isinstance(config, dict) else {}
+    logged = _logged(folder / "metrics.jsonl", damaged)
+    return Run(folder, results, logged, config, _command(folder), tuple(damaged), tuple(found.not_finite))
+
+
+def _logged(path: Path, damaged: list[str]) -> dict[int, float]:
+    """Training loss by step. A last line without an end was being written; any other that is no JSON is damaged."""
+    try:
+        content = read(path, _METRICS)
+    except Unreadable as error:
+        damaged.append(f"metrics.jsonl {error}")
         return {}
+    losses: dict[int, float] = {}
+    bad: list[int] = []
+    for number, text in enumerate((content or b"").split(b"\n")[:-1], 1):
+        try:
+            metrics = json.loads(text)
+            if "train/loss" in metrics:
+                step = int(metrics["step"])
+                if not 0 <= step < 2**53:
+                    raise ValueError(step)
+                losses[step] = shape.loss_of(metrics["train/loss"])
+        except (ValueError, TypeError, KeyError, RecursionError, OverflowError):
+            bad.append(number)
+    if bad:
+        damaged.append(f"metrics.jsonl: line {bad[0]} is damaged" + f" (and {len(bad) - 1} more)" * (len(bad) > 1))
+    return losses
+
+
+def _shown(value: Any) -> Any:
+    """Settings as plain texts, numbers and dictionaries of them."""
+    if isinstance(value, dict):
+        return {line(key, _SHOWN): _shown(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return line(f"[{', '.join(str(_shown(item)) for item in value)}]", _SETTING)
+    return line(value, _SETTING) if isinstance(value, str) else value
+
+
+def _command(folder: Path) -> str | None:
+    """The command that starts the same job again, from the overrides that Hydra has noted."""
+    try:
+        overrides = read_yaml(folder / ".hydra" / "overrides.yaml", _CONFIG)
+    except Unreadable:
+        return None
+    if not isinstance(overrides, list) or not overrides or not all(isinstance(text, str) for text in overrides):
+        return None
+    return f"python run.py {shlex.join(line(text, 2000) for text in overrides)}"

@@ -19,6 +19,7 @@ INK, FAINT, GRID = "#222222", "#767676", "#d8d8d8"
 RC: Any = {  # matplotlib's stubs want its keys as literals
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans", "Verdana", "Arial", "sans-serif"],  # all but the first: browsers without it
+    "text.parse_math": False,  # names may have dollars in them
     "svg.fonttype": "none",  # text that can be searched, at a third of the size
     "font.size": 9,
     "axes.titlesize": 10,

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from ulysses_exp.report.runs import Run, differing, labels, traits
+from ulysses_exp.report.runs import Run, setting_text
+from ulysses_exp.report.traits import LAYOUT, differing, heading
 from ulysses_exp.report.units import of_bytes, of_count, of_difference, of_loss, of_seconds
 
 
@@ -26,10 +29,12 @@ class Table:
 
     titles: list[str]
     rows: list[list[tuple[Any, str]]]
+    commands: list[str | None] = field(default_factory=list)  # of each row's run
+    settings: int = 0  # as many columns after the first are settings in which the runs differ; then comes the status
 
 
 def _last_loss(run: Run) -> float | None:
-    return list(run.losses.values())[-1] if run.losses else None
+    return math.nan if run.diverged and run.last_loss is None else run.last_loss
 
 
 def _eval_difference(run: Run) -> float | None:
@@ -47,11 +52,12 @@ def _parity(run: Run) -> float | None:
     return max((d for d in differences if d is not None), default=None)
 
 
+LOSS, SPEED, PLANNED = "loss", "tokens/s", "planned longest"
 _COLUMNS = (
     Column("status", lambda r: r.status, str),
     Column("steps", lambda r: len(r.losses) or None, str, narrow=False),
-    Column("loss", _last_loss, of_loss),
-    Column("tokens/s", lambda r: r.figure("train.tokens_per_second"), of_count),
+    Column(LOSS, _last_loss, lambda loss: "not finite" if math.isnan(loss) else of_loss(loss)),
+    Column(SPEED, lambda r: r.figure("train.tokens_per_second"), of_count),
     Column("step", lambda r: r.figure("train.step_time_s.median"), of_seconds),
     Column("p90", lambda r: r.figure("train.step_time_s.p90"), of_seconds, narrow=False),
     Column("MFU", lambda r: r.figure("train.mfu"), lambda share: f"{share:.1%}", narrow=False),
@@ -65,57 +71,57 @@ _COLUMNS = (
     Column("parity", _parity, of_difference, narrow=False),
     Column("planned memory", lambda r: r.figure("plan.peak_memory_bytes_per_rank.total"), of_bytes, narrow=False),
     Column("longest sequence", lambda r: r.figure("train.max_seq_len"), lambda tokens: f"{tokens:,}"),
-    Column("planned longest", lambda r: r.figure("plan.max_seq_len"), lambda tokens: f"{tokens:,}", narrow=False),
+    Column(PLANNED, lambda r: r.figure("plan.max_seq_len"), lambda tokens: f"{tokens:,}", narrow=False),
 )
 
 
 def table(runs: list[Run], narrow: bool = False) -> Table:
-    """The figures of `runs`; with `narrow` those that fit a terminal."""
-    names = [name for name in differing(runs) if name not in ("sp", "dp", "zero")]
-    layouts = [run.layout.name if run.layout else run.folder.name for run in runs]
+    """The figures of `runs` in their order; with `narrow` those that fit a terminal."""
+    names = [name for name in differing(runs) if name not in LAYOUT]
+    layouts = [run.layout.name if run.layout else run.name for run in runs]
     told_apart = [
-        (layout, *(traits(run).get(name) for name in names)) for layout, run in zip(layouts, runs, strict=True)
+        (layout, *(run.traits.get(name) for name in names)) for layout, run in zip(layouts, runs, strict=True)
     ]
+    count = Counter(told_apart)
+    values = {column.title: [column.value(run) for run in runs] for column in _COLUMNS if column.narrow or not narrow}
     columns = [
-        column
-        for column in _COLUMNS
-        if (column.narrow or not narrow) and any(column.value(run) is not None for run in runs)
-    ]
+        column for column in _COLUMNS if any(value is not None for value in values.get(column.title, ()))
+    ]  # fmt: skip
     rows = []
-    for run, layout, mark in zip(runs, layouts, told_apart, strict=True):
-        name = layout if told_apart.count(mark) == 1 else f"{layout} ({run.place})"
+    for number, (run, layout, mark) in enumerate(zip(runs, layouts, told_apart, strict=True)):
+        name = layout if count[mark] == 1 else f"{layout} ({run.place})"
         row: list[tuple[Any, str]] = [(name, name)]
         for trait, text in zip(names, mark[1:], strict=True):
             if trait == "seq_len":
                 row.append((run.seq_len, f"{run.seq_len or 0:,}"))
             else:
-                value = run.setting(trait) if "." in trait else text
-                row.append((value, "-" if value is None else str(value)))
+                value = text if trait == "model" else run.setting(trait)
+                row.append((value, "-" if value is None else setting_text(value)))
         for column in columns:
-            value = column.value(run)
+            value = values[column.title][number]
             row.append((value, "-" if value is None else column.text(value)))
         rows.append(row)
-    headings = ["tokens" if name == "seq_len" else name.removesuffix(".name").rsplit(".", 1)[-1] for name in names]
-    return Table(["layout", *headings, *(column.title for column in columns)], rows)
+    headings = ["layout", *map(heading, names), *(column.title for column in columns)]
+    return Table(headings, rows, [run.command for run in runs], len(names))
 
 
-def troubles(runs: list[Run]) -> list[tuple[str, str]]:
-    """(run, reason) for everything that is not ok: jobs, stages and reload cells."""
-    found = []
-    for label, run in zip(labels(runs), runs, strict=True):
-        if run.status == "unfinished":
-            found.append((label, f"has not finished; {len(run.losses)} steps so far"))
-            continue
-        if run.status in ("skipped", "interrupted"):
-            found.append((label, f"{run.status}: {run.results.get('error') or 'no reason given'}"))
-        reasons = []
-        for name, stage in run.results.get("stages", {}).items():
-            cells = [cell for cell in stage.get("cells") or [] if cell.get("status") != "ok"]
-            for cell in cells:
-                reasons.append(f"reload at {cell.get('target')} by {cell.get('route')}: {cell.get('reason')}")
-            if stage.get("status") != "ok" and not cells:
-                reasons.append(f"stage {name}: {stage.get('reason', 'no reason given')}")
-        if run.status == "failed" and not reasons:
-            reasons.append(str(run.results.get("error") or "no reason given"))
-        found += [(label, " ".join(reason.split())) for reason in reasons]
-    return found
+def best_first(runs: list[Run]) -> tuple[list[Run], str]:
+    """`runs` with the best at the top, and the title of the column that says which is best.
+
+    That is the loss where settings change it, else the speed, else the longest planned sequence. What is not ok comes
+    last.
+    """
+    losses = [run.last_loss for run in runs if run.last_loss is not None]
+    key: Callable[[Run], float | None]
+    if len({run.experiment for run in runs}) > 1 and losses and max(losses) - min(losses) > 1e-6 * max(losses):
+        title, key, sign = LOSS, lambda run: run.last_loss, 1
+    elif any(run.figure("train.tokens_per_second") for run in runs):
+        title, key, sign = SPEED, lambda run: run.figure("train.tokens_per_second"), -1
+    else:
+        title, key, sign = PLANNED, lambda run: run.figure("plan.max_seq_len"), -1
+
+    def place(run: Run) -> tuple[bool, bool, float]:
+        figure = key(run)
+        return run.status != "ok", figure is None, sign * (figure or 0.0)
+
+    return sorted(runs, key=place), title

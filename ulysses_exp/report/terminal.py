@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Mapping
@@ -9,7 +10,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.progress import BarColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
@@ -18,9 +18,13 @@ from rich.table import Table
 from rich.text import Text
 
 from ulysses_exp.report import plan
+from ulysses_exp.report.plain import plain, plain_deep
+from ulysses_exp.report.plain_table import PlainTable, figures_table
 from ulysses_exp.report.units import of_bytes, of_count, of_difference, of_loss, of_seconds
 
-_STATUS_STYLE = {"ok": "green", "failed": "bold red", "interrupted": "yellow", "skipped": "yellow"}
+_STATUS_STYLE = {
+    "ok": "green", "failed": "bold red", "interrupted": "yellow", "skipped": "yellow", "running": "cyan",
+}  # fmt: skip
 
 
 class Progress:
@@ -88,7 +92,7 @@ class Progress:
 
     def note(self, text: str) -> None:
         """A line that stays, above the bars."""
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self._console.print(plain(text), markup=False, highlight=False, soft_wrap=True)
 
     def stop(self) -> None:
         """Ends the live display; what it last showed stays."""
@@ -144,6 +148,7 @@ def summary(results: dict[str, Any], folder: Path, console: Console, how_to_open
         console: where to print; plain text where it is no terminal.
         how_to_open: `Tracker.how_to_open`.
     """
+    results = plain_deep(results)  # an error may carry a library's colours
     arrow = "→" if console.encoding.startswith("utf") else "->"
     layout, model, stages = results.get("layout", {}), results.get("model", {}), results.get("stages", {})
     status = str(results.get("status", "unfinished"))
@@ -154,7 +159,7 @@ def summary(results: dict[str, Any], folder: Path, console: Console, how_to_open
     console.print()
     console.print(Rule(title, align="left", style="dim", characters="─" if arrow == "→" else "-"))
 
-    facts = Table.grid(padding=(0, 2), pad_edge=False)
+    facts = PlainTable.grid(padding=(0, 2), pad_edge=False)
     facts.add_column(style="dim", no_wrap=True)
     facts.add_column(overflow="fold")
     if model.get("parameters"):
@@ -178,7 +183,7 @@ def summary(results: dict[str, Any], folder: Path, console: Console, how_to_open
             _trouble(facts, name, stage)
     console.print(facts)
     planned = stages.get("plan") or {}
-    shown: list[tuple[Table | None, list[str]]] = []
+    shown: list[tuple[PlainTable | None, list[str]]] = []
     if planned.get("status") == "ok":
         shown = [(table, []) for table in plan.tables(planned)] + [(None, plan.remarks(planned))]
     for table, remarks in (*shown, _evaluation(stages.get("eval")), _reload(stages.get("reload"), arrow)):
@@ -211,9 +216,23 @@ def _train(facts: Table, stage: Mapping[str, Any] | None, arrow: str) -> None:
         return
     if stage.get("status") != "ok":
         _trouble(facts, "train", stage)
+    if stage.get("already_at_step") is not None:
+        facts.add_row("train", f"already at step {stage['already_at_step']}")
     loss = stage.get("loss") or []
     if loss:
-        facts.add_row("loss", f"{of_loss(loss[0])} {arrow} {of_loss(loss[-1])} in {len(loss)} steps")
+        text = f"{of_loss(loss[0])} {arrow} {of_loss(loss[-1])} in {len(loss)} steps"
+        if stage.get("continued_from"):
+            text += f", continued at step {stage['continued_from']}"
+        facts.add_row("loss", text)
+        first = (stage.get("first_step") or 0) + 1
+        bad = [step for step, value in enumerate(loss, first) if value is None or not math.isfinite(value)]
+        if bad := stage.get("nonfinite_steps") or bad:  # also of the gradient norm
+            skipped = ", their updates skipped" if stage.get("skipped_steps") else ""
+            text = f"not finite at {len(bad)} of them, first at step {bad[0]}{skipped}"
+            facts.add_row("", Text(text, style="bold red"))
+    if changed := stage.get("changed"):
+        what = ", ".join(f"{key} {then} {arrow} {now}" for key, (then, now) in changed.items())
+        facts.add_row("resumed", Text(f"from step {stage.get('first_step')}, with {what}"))
     if stage.get("tokens_per_second"):
         speed = f"{of_count(stage['tokens_per_second'])} tokens/s"
         if stage.get("mfu"):
@@ -273,11 +292,11 @@ def _plan(facts: Table, stage: Mapping[str, Any] | None) -> None:
         facts.add_row(label, text)
 
 
-def _evaluation(stage: Mapping[str, Any] | None) -> tuple[Table | None, list[str]]:
+def _evaluation(stage: Mapping[str, Any] | None) -> tuple[PlainTable | None, list[str]]:
     modes = [mode for mode in ("bypass", "sp") if stage and stage.get(mode)]
     if not stage or not modes:
         return None, []
-    table = _table("eval", "loss", "perplexity", "all-to-all", "tokens/s")
+    table = figures_table("eval", "loss", "perplexity", "all-to-all", "tokens/s")
     for mode in modes:
         row = stage[mode]
         table.add_row(
@@ -292,11 +311,11 @@ def _evaluation(stage: Mapping[str, Any] | None) -> tuple[Table | None, list[str
     return table, [f"largest difference of a logit: {of_difference(stage['max_abs_logit_diff'])}"]
 
 
-def _reload(stage: Mapping[str, Any] | None, arrow: str) -> tuple[Table | None, list[str]]:
+def _reload(stage: Mapping[str, Any] | None, arrow: str) -> tuple[PlainTable | None, list[str]]:
     cells = (stage or {}).get("cells") or []
     if not cells:
         return None, []
-    table = _table(f"reload {arrow}", "route", "weights", "optimizer", "continuation", "time")
+    table = figures_table(f"reload {arrow}", "route", "weights", "optimizer", "continuation", "time")
     reasons = []
     for cell in cells:
         ok = cell.get("status") == "ok"
@@ -318,14 +337,6 @@ def _exact(value: bool | None) -> Text:
     if value is None:
         return Text("-")
     return Text("bit-exact", style="green") if value else Text("differs", style="bold red")
-
-
-def _table(first: str, *others: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold", show_edge=False)
-    table.add_column(first, no_wrap=True)
-    for name in others:
-        table.add_column(name, justify="right", no_wrap=True)
-    return table
 
 
 def _path(folder: Path) -> str:

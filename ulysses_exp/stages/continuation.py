@@ -10,7 +10,7 @@ from ulysses_exp.training import optimizer_step
 
 def continuation(session: Session) -> dict[str, Any]:
     """`reload.steps` more optimizer steps of the engine as it stands, or, in a task of its own, from its checkpoint."""
-    session.resume()
+    session.resume(training=True)
     return {"loss": follow(session), "first_step": session.step}
 
 

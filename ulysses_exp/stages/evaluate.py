@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ulysses_exp.checkpoints import function
 from ulysses_exp.data import MicroBatch
 from ulysses_exp.data.sequences import IGNORED
 from ulysses_exp.session import Session
@@ -39,7 +41,17 @@ def evaluate(session: Session) -> dict[str, Any]:
             compare(result, LOSS_TOLERANCE[session.config.train.precision])
     session.attention.disable_in_eval = True
     session.engine.train()
+    check_finite(result)
     return result
+
+
+def check_finite(result: dict[str, Any]) -> None:
+    """Fails `result` where a loss in it is not finite."""
+    bad = [f"{name} {result[name]['loss']}" for name in ("bypass", "sp")
+           if name in result and not math.isfinite(result[name]["loss"])]  # fmt: skip
+    if bad:
+        reason = f"the held-out loss is not finite ({', '.join(bad)}): the weights or the data hold nan or infinity"
+        result.update(status="failed", reason=reason)
 
 
 def compare(result: dict[str, Any], tolerance: float) -> None:
@@ -105,6 +117,22 @@ def summed_loss(session: Session, batch: MicroBatch, bypass: bool) -> torch.Tens
 def _logits(session: Session, batch: MicroBatch, bypass: bool) -> torch.Tensor:
     """[batch, tokens of `batch`, vocabulary] in fp32."""
     return _forward(session, batch, bypass).logits.float()
+
+
+def fixed_logits(session: Session) -> dict[str, torch.Tensor]:
+    """What checkpoints keep of the logits of a fixed batch, computed without sequence parallelism. Collective."""
+    model = session.engine.module.config.get_text_config()
+    ids = function.token_ids(model.vocab_size, min(function.TOKENS, session.config.train.seq_len))
+    places = torch.arange(ids.shape[1])[None]
+    batch = MicroBatch(ids, ids, places, places, None, 0)
+    session.engine.eval()
+    # another length would be compiled anew
+    eager = torch.compiler.set_stance("force_eager") if session.config.train.compile else contextlib.nullcontext()
+    with torch.no_grad(), eager:
+        logits = _logits(session, batch, bypass=True)[0]
+    session.attention.disable_in_eval = True
+    session.engine.train()
+    return function.record(logits)
 
 
 def _loss(session: Session, bypass: bool) -> dict[str, Any]:

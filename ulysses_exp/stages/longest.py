@@ -122,9 +122,16 @@ def _times(tokens: int, factor: float, step: int) -> int:
 
 
 def try_length(session: Session) -> dict[str, Any]:
-    """The part of a rank: `longest.steps` optimizer steps at `train.seq_len`."""
+    """The part of a rank: `longest.steps` optimizer steps at `train.seq_len`. Raises ArithmeticError at one that is
+    not finite: such a length does not train, whatever memory it takes."""
+    from ulysses_exp import nonfinite
     from ulysses_exp.training import optimizer_step
 
     session.engine.train()
-    losses = [optimizer_step(session, number).loss for number in range(session.config.longest.steps)]
+    losses = []
+    for number in range(session.config.longest.steps):
+        step = optimizer_step(session, number)
+        if step.trouble is not None and session.config.train.on_nonfinite == "stop":
+            raise ArithmeticError(nonfinite.words(step.trouble))
+        losses.append(step.loss)
     return {"loss": losses}
