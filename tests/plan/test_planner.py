@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
+from unittest.mock import patch
 
 import pytest
 import yaml
@@ -10,7 +12,6 @@ from checkout import ROOT
 
 from ulysses_exp.config import Config, ConfigError, MemoryConfig, ModelConfig, OptimConfig
 from ulysses_exp.layout import Layout
-from ulysses_exp.plan import many_ranks
 from ulysses_exp.plan.depth import depths
 from ulysses_exp.plan.forks import TraceError, forks
 from ulysses_exp.plan.planner import Planner, bypassed_evaluation_bytes, longest_sequence, look_at
@@ -37,7 +38,9 @@ def pool():
 def test_a_plan_is_of_all_layers(pool):
     """A bucket that is full in the fourth layer, as DeepSpeed's is with Llama 8B, is in a plan once. Extrapolated from
     three and four layers it is there once for every layer that is not traced."""
-    config = configured(memory=MemoryConfig(name="m", checkpointing="non_reentrant", tiled_loss=4), num_hidden_layers=8)
+    config = configured(
+        memory=MemoryConfig(name="m", checkpointing="non_reentrant", tiled_loss=4), num_hidden_layers=12
+    )
     config.sp = replace(config.sp, size=8)
     buckets = {"reduce_bucket_size": 700_000, "stage3_param_persistence_threshold": 0}  # in elements
     planner = Planner(config, gpu=True, pool=pool, deepspeed={"zero_optimization": buckets})
@@ -70,19 +73,14 @@ def test_few_tiles_tell_of_many(pool):
     assert few.peak() == pytest.approx(all_tiles.peak(), rel=0.01)
 
 
-def trace_one_by_one(request: Request):
-    """In the fork: ranks are never too many to be traced one after the other."""
-    many_ranks.FEW = 10**9
-    return trace(request)
-
-
 def test_many_ranks_are_traced_as_few_are(pool):
     config = configured()
     config.sp, config.dp = replace(config.sp, size=4), replace(config.dp, size=12)
     config.zero = replace(config.zero, param_persistence_threshold=0)
     config.train = replace(config.train, seq_len=256, global_batch_size=12)
     request = Request(config, 2, gpu=True)
-    (at_once,), (each,) = pool.map(trace, [request]), pool.map(trace_one_by_one, [request])
+    one_by_one = partial(patch.multiple, "ulysses_exp.plan.many_ranks", FEW=10**9)
+    at_once, each = pool.map(trace, [request, replace(request, within=one_by_one)])
     assert at_once.collectives == each.collectives
     for phase, kinds in each.device.items():
         assert sum(at_once.device[phase].values()) == pytest.approx(sum(kinds.values()), rel=0.01), phase

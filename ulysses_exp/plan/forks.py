@@ -18,9 +18,8 @@ from multiprocessing.connection import Connection
 from typing import Any, TypeVar
 
 from ulysses_exp.config import Config, ConfigError, device_of
-from ulysses_exp.launch.interrupts import as_interrupts
 from ulysses_exp.launch.local import warm_up
-from ulysses_exp.launch.server import Fork, server
+from ulysses_exp.launch.server import Fork, ServerEnded, server
 
 A = TypeVar("A")
 R = TypeVar("R")
@@ -60,9 +59,11 @@ class Forks:
             try:
                 result, error, trace = receiver.recv()
             except EOFError:
-                raise TraceError(_how_it_ended(process.join())) from None
+                raise TraceError(_how_it_ended(process)) from None
             finally:
-                self._running.discard(process)
+                with self._lock:
+                    self._running.discard(process)
+                    process.close()
         if error is not None:
             log.error("plan: %s", trace)
             raise error
@@ -77,31 +78,33 @@ class Forks:
         self._threads.shutdown(cancel_futures=True)
 
 
-def _how_it_ended(exitcode: int | None) -> str:
-    """Of a process that left no answer; what the kernel's memory killer sends is SIGKILL."""
-    if exitcode == -signal.SIGKILL:
+def _how_it_ended(process: Fork) -> str:
+    """Of one that left no answer."""
+    try:
+        code = process.join()
+    except ServerEnded as error:
+        return f"{error}; run the plan again"
+    if code == -signal.SIGKILL:
         return (
             "the process that traces the model was ended by SIGKILL, as the kernel does where memory runs out: a trace "
             "takes about 1 GB; free some, or plan fewer ranks or layers"
         )
-    if exitcode is not None and exitcode < 0:
-        return f"the process that traces the model was ended by {signal.Signals(-exitcode).name}; run the plan again"
-    return f"the process that traces the model ended with exit code {exitcode} and no answer; run the plan again"
+    how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code} and no answer"
+    return f"the process that traces the model {how}; run the plan again"
 
 
 @contextlib.contextmanager
 def forks(config: Config) -> Iterator[Forks]:
     """As many processes at a time as there are cores, two at most: more traces than that are never asked for.
 
-    They end with this process, whatever ends it; SIGTERM and SIGHUP raise KeyboardInterrupt within.
+    They end with this process, whatever ends it.
     """
-    with as_interrupts():
-        warm_up(device_of(config))
-        pool = Forks(min(2, os.cpu_count() or 1))
-        try:
-            yield pool
-        finally:
-            pool.close()
+    warm_up(device_of(config))
+    pool = Forks(min(2, os.cpu_count() or 1))
+    try:
+        yield pool
+    finally:
+        pool.close()
 
 
 def _answer(function: Callable[[Any], Any], argument: Any, pipe: int) -> None:

@@ -102,12 +102,12 @@ def trace(request: Request) -> Trace:
         stack.callback(dist.destroy_process_group)
         deepspeed.init_distributed(dist_backend="fake", auto_mpi_discovery=False)
         stack.enter_context(upstream.told())
-        stack.enter_context(many_ranks.at_once(layout.world))
         if request.few_tiles:
             stack.enter_context(tiles.few())
         if request.gpu:
             stack.enter_context(flash.instead_of_torchs())
         stack.enter_context(request.within())
+        stack.enter_context(many_ranks.at_once(layout.world))
         stack.enter_context(planned_device.no_memory())
         ledger = stack.enter_context(Ledger({planned_device.NAME: CUDA_BLOCK}))
         counter = stack.enter_context(AllToAllCounter())
