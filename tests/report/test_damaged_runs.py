@@ -164,6 +164,13 @@ def test_a_run_is_read_as_far_as_it_is_sound(tmp_path, name):
         assert run.figure("parity.max_rel_loss_diff") == 1.4e-8, "what is sound is kept"
 
 
+def test_runs_whose_settings_are_lost_are_not_compared(tmp_path):
+    for name in ("a", "b"):
+        DAMAGE["config-half"][0](write(tmp_path / name, results(2)))
+    a, b = runs.find([tmp_path])
+    assert a.experiment != b.experiment
+
+
 def test_no_damage_takes_the_report_of_the_others_down(tmp_path):
     """All damaged runs at once, beside two good ones: every one has a row and its reason."""
     sweep = tmp_path / "sweep"

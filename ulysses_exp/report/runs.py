@@ -147,6 +147,8 @@ class Run:
         kept = {key: value for key, value in self.config.items() if key not in _NOT_PART_OF_THE_LOSS}
         kept["first"] = min(self.losses, default=None)
         kept["seq_len"] = self.seq_len
+        if not self.config and self.damaged:  # settings that nobody knows are not those of another run
+            kept["folder"] = str(self.folder)
         return json.dumps(kept, sort_keys=True, default=str)
 
 
