@@ -48,6 +48,7 @@ def trained(config: Config, folder: Path) -> tuple[Path, list[tuple[float, float
         for _ in range(BEFORE):
             training.optimizer_step(opened, opened.step)
             opened.step += 1
+        folder.mkdir(exist_ok=True)
         (folder / "metrics.jsonl").touch()
         save(opened, [0]).wait()
         return folder / "checkpoints" / f"step{BEFORE}", go_on(opened)
