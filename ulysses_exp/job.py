@@ -203,7 +203,7 @@ class Job:
         task = Task("eval", self.config, ("eval",), self.folder, of_source | self._eval_options(note))
         self._main = self._main or task
         self._do(task)
-        self.results["stages"]["eval"] = _read(task.results / "eval.json")
+        self._take("eval", _read(task.results / "eval.json"))
 
     def _reload(self, note: Callable[[str], None]) -> None:
         self._needs("train")
@@ -388,9 +388,23 @@ class Job:
             if result := _read_if_there(self._main.results / f"{work}.json"):
                 if work == "train" and self.earlier is not None and self.earlier.train is None:
                     result = continuing.joined(result, self.folder, self.config, self.earlier)
-                self.results["stages"].setdefault(work, result)
+                self._take(work, result)
         if losses := _read_if_there(self._main.results / "continuation.json").get("loss"):
             self.results["stages"]["train"]["continuation_loss"] = losses
+
+    def _take(self, stage: str, result: dict[str, Any]) -> None:
+        """Records the result of `stage`, the first that there is.
+
+        What an evaluation came to is logged here, where it counts: an evaluation that its ranks could not end is made
+        again, and would be in metrics.jsonl twice if they logged it.
+        """
+        if stage in self.results["stages"]:
+            return
+        self.results["stages"][stage] = result
+        for name in ("bypass", "sp") if stage == "eval" else ():
+            if name in result:
+                line = {"step": result["step"], f"eval/{name}/loss": result[name]["loss"]}
+                _append(self.folder / "metrics.jsonl", line)
 
     def _interrupted(self, signal: str) -> None:
         """Says so, and which checkpoint training was stopped at."""

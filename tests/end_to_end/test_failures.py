@@ -13,6 +13,7 @@ from checkout import ROOT, only_run
 from descendants import alive, children, gone, left_in_shared_memory, nothing_left
 
 from ulysses_exp.checkpoints.manifest import Manifest, stored_tensors
+from ulysses_exp.launch import heartbeat
 
 
 class LongJob:
@@ -119,6 +120,30 @@ def test_a_killed_server_is_told_of(long_job, tmp_path):
     error = json.loads((only_run(tmp_path) / "results.json").read_text())["error"]
     assert error == "stage train: the process that starts ranks was ended by SIGKILL"
     assert gone(long_job.all, 10)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "long_job",
+    [["stages=[train,eval]", "train.steps=2", "eval.sequences=400", "checkpoint.every=1"]],
+    indirect=True,
+)
+def test_an_evaluation_that_its_ranks_could_not_end_is_made_again_and_logged_once(long_job, tmp_path):
+    run = only_run(tmp_path)
+    end = time.monotonic() + 60
+    began = None  # beats when the evaluation began: a bypassed one makes none, that with all-to-alls many
+    while began is None or heartbeat.last(run / "ranks" / "main", 0).count < began + 20:
+        assert long_job.process.poll() is None and time.monotonic() < end
+        beat = heartbeat.last(run / "ranks" / "main", 0)
+        began = beat.count if began is None and beat is not None and beat.phase == "evaluating" else began
+        time.sleep(0.005)
+    os.kill(long_job.server, signal.SIGKILL)
+    out, err = long_job.process.communicate(timeout=120)
+    assert long_job.process.returncode == 0, out + err
+    assert "ended by SIGKILL" in (run / "run.log").read_text()
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [list(line)[1] for line in lines[2:]] == ["eval/bypass/loss", "eval/sp/loss"]
+    assert all(line["step"] == 2 for line in lines[2:])
 
 
 def test_an_error_in_a_rank_is_one_line_and_the_trace_is_in_the_log(command, tmp_path):

@@ -27,7 +27,9 @@ def evaluate(session: Session) -> dict[str, Any]:
     """Runs `eval.mode` over the first `eval.sequences` held-out sequences. Collective."""
     session.resume()
     mode, why = choose_mode(session)
-    result: dict[str, Any] = {"status": "ok", "mode": mode, "sequences": session.config.eval.sequences}
+    result: dict[str, Any] = {
+        "status": "ok", "mode": mode, "step": session.step, "sequences": session.config.eval.sequences
+    }  # fmt: skip
     if why:
         result["mode_reason"] = why
     session.engine.eval()
@@ -35,7 +37,6 @@ def evaluate(session: Session) -> dict[str, Any]:
         for name in ("bypass", "sp"):
             if mode in (name, "both"):
                 result[name] = _loss(session, bypass=name == "bypass")
-                session.log(session.step, {f"eval/{name}/loss": result[name]["loss"]})
         if mode == "both":
             result["max_abs_logit_diff"] = _logit_difference(session)
             compare(result, LOSS_TOLERANCE[session.config.train.precision])
