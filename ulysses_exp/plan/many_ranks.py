@@ -1,4 +1,4 @@
-"""What ZeRO 3 does for each rank in turn, traced at once where ranks are many.
+"""What ZeRO 3 does for each rank in turn, traced at once.
 
 DeepSpeed 0.19.8 puts a gathered weight together from one part a rank, and cuts a gradient into as many. On tensors
 without memory each part takes as long as a matrix product, so that a trace would take time in proportion to the ranks.
@@ -18,7 +18,7 @@ from deepspeed.runtime.zero import partition_parameters, stage3
 from torch import Tensor
 
 #: Ranks up to which everything is traced as it is.
-FEW = 32
+FEW = 1
 
 
 def _reduce_scatter(tensors: list[Tensor], group: Any = None) -> list[Tensor]:
