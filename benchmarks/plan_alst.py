@@ -16,6 +16,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
+import sys
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -23,15 +25,19 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from plan_alst_kernels import liger
-
-from ulysses_exp.config import Config, MemoryConfig, ModelConfig, OptimConfig
-from ulysses_exp.plan.forks import Forks, forks
-from ulysses_exp.plan.hardware import GIB, load
-from ulysses_exp.plan.planner import Planner
-from ulysses_exp.plan.step_time import step_time, work
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "benchmarks")])  # for the processes that trace
+
+from plan_alst_kernels import liger  # noqa: E402
+
+from ulysses_exp.config import Config, MemoryConfig, ModelConfig, OptimConfig  # noqa: E402
+from ulysses_exp.plan.forks import Forks, forks  # noqa: E402
+from ulysses_exp.plan.hardware import GIB, load  # noqa: E402
+from ulysses_exp.plan.planner import Planner  # noqa: E402
+from ulysses_exp.plan.step_time import step_time, work  # noqa: E402
+
 RESULTS = ROOT / "benchmarks" / "results"
 
 HIDDEN, VOCABULARY = 4096, 128256

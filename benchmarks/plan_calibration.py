@@ -13,6 +13,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -24,12 +25,16 @@ from typing import Any
 
 import yaml
 
-from ulysses_exp.config import Config, DataConfig, MemoryConfig, ModelConfig, OptimConfig
-from ulysses_exp.launch.task import Task
-from ulysses_exp.plan.forks import forks
-from ulysses_exp.plan.planner import Planner
-
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))  # for the processes that run and trace
+
+from ulysses_exp.config import Config, DataConfig, MemoryConfig, ModelConfig, OptimConfig  # noqa: E402
+from ulysses_exp.launch.task import Task  # noqa: E402
+from ulysses_exp.plan.forks import forks  # noqa: E402
+from ulysses_exp.plan.planner import Planner  # noqa: E402
+
 RESULTS = ROOT / "benchmarks" / "results"
 SHOWN = ROOT / "ulysses_exp" / "plan" / "calibration.json"  # with every plan
 STEPS = 2
@@ -238,8 +243,9 @@ def compared(chosen: list[Cell]) -> Iterator[dict[str, Any]]:
     with forks(Config()) as pool:
         for cell in chosen:
             config = configuration(cell)
-            # what gloo's threads hold on to can only add; ZeRO 3 alone gives them work while it goes on
-            runs = [measure(config, cell.deepspeed) for _ in range(4 if cell.zero == 3 else 1)]
+            # what gloo's threads hold on to can only add; ZeRO 3 gives them work while it goes on, and where the machine
+            # has other work they may be late elsewhere
+            runs = [measure(config, cell.deepspeed) for _ in range(4 if cell.zero == 3 else 2)]
             measured = min(runs, key=lambda run: run["peak_bytes"])
             trace = Planner(config, gpu=False, pool=pool, deepspeed=cell.deepspeed).at(cell.seq_len)
             micro = config.accumulation / min(config.accumulation, 2)
