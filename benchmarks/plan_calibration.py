@@ -243,8 +243,8 @@ def compared(chosen: list[Cell]) -> Iterator[dict[str, Any]]:
     with forks(Config()) as pool:
         for cell in chosen:
             config = configuration(cell)
-            # what gloo's threads hold on to can only add; ZeRO 3 gives them work while it goes on, and where the machine
-            # has other work they may be late elsewhere
+            # what gloo's threads hold on to can only add; ZeRO 3 gives them work while it goes on, and where there is
+            # other work on the machine they may be late elsewhere, too
             runs = [measure(config, cell.deepspeed) for _ in range(4 if cell.zero == 3 else 2)]
             measured = min(runs, key=lambda run: run["peak_bytes"])
             trace = Planner(config, gpu=False, pool=pool, deepspeed=cell.deepspeed).at(cell.seq_len)
