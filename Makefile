@@ -18,7 +18,7 @@ test-long: setup # one after another: some look at what is left on the machine
 	@$(BIN)/python -m pytest -m long -n 0
 
 lint: setup
-	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports --no-logo
 
 bench: setup
 	@$(BIN)/python benchmarks/speed.py

@@ -24,11 +24,10 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "tests" / "check
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from checkpoint_ranks import run  # noqa: E402
-from hydra import compose, initialize_config_dir  # noqa: E402
 from plan_calibration import peak_of, wait_for_gloo  # noqa: E402
 
-from ulysses_exp.cli import CONF  # noqa: E402
 from ulysses_exp.config import Config, resolve  # noqa: E402
+from ulysses_exp.config.composing import composed  # noqa: E402
 from ulysses_exp.launch import Task  # noqa: E402
 
 SIZES = (1, 2, 4)
@@ -37,14 +36,13 @@ SIZES = (1, 2, 4)
 def configuration(sp: int, length: int, model: str, memory: str) -> Config:
     overrides = [f"sp.size={sp}", "zero.stage=0", f"model={model}", f"memory={memory}", f"train.seq_len={length}",
                  "train.global_batch_size=1", "stages=[train]", "device=cpu"]  # fmt: skip
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return resolve(compose("config", overrides))
+    return resolve(composed(overrides)[0])
 
 
 def second_step(config: Config, folder: Path) -> tuple[int, float]:
     """Bytes that the second optimizer step adds at its highest on the worst rank, and its loss. Collective."""
-    from ulysses_exp.session import open_session
-    from ulysses_exp.training import optimizer_step
+    from ulysses_exp.rank.session import open_session
+    from ulysses_exp.rank.step import optimizer_step
 
     os.environ["LOCAL_RANK"] = str(dist.get_rank())
     wait_for_gloo()

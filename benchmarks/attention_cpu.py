@@ -25,7 +25,7 @@ import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from ulysses_exp.attention import cpu_causal  # noqa: E402
+from ulysses_exp.model.attention import cpu_causal  # noqa: E402
 
 #: Query heads, KV heads and their size: a rank of tiny_llama at sp 4 and at sp 2, and heads of larger models.
 HEADS = ((2, 1, 16), (4, 2, 16), (4, 4, 64), (2, 1, 128))

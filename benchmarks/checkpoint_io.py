@@ -34,8 +34,8 @@ from checkpoint_ranks import run  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 from tiny_engine import Recipe, engine, steps  # noqa: E402
 
-from ulysses_exp import checkpoints  # noqa: E402
 from ulysses_exp.layout import Layout  # noqa: E402
+from ulysses_exp.rank import checkpoints  # noqa: E402
 
 LAYOUTS = ["sp1-dp1-z0", "sp2-dp1-z0", "sp2-dp1-z1", "sp2-dp1-z2", "sp2-dp1-z3"]
 

@@ -20,14 +20,12 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from hydra import compose, initialize_config_dir  # noqa: E402
-
-from ulysses_exp.cli import CONF  # noqa: E402
 from ulysses_exp.config import Config, resolve  # noqa: E402
+from ulysses_exp.config.composing import composed  # noqa: E402
 from ulysses_exp.launch import RankFailure, Task  # noqa: E402
 from ulysses_exp.launch.local import LocalRanks  # noqa: E402
 from ulysses_exp.layout import REFERENCE, Layout  # noqa: E402
-from ulysses_exp.stages.parity import compare  # noqa: E402
+from ulysses_exp.stages.parity.comparison import compare  # noqa: E402
 
 LAYOUTS = [Layout(sp, dp, zero) for zero in range(4) for sp in (1, 2, 4) for dp in (1, 2, 4) if sp * dp <= 4]
 
@@ -61,8 +59,7 @@ def configuration(variant: str, optimizer: str, layout: Layout, exchange: str = 
     extra = [o.replace("MAX", str(4 // layout.dp)) for o in VARIANTS[variant]]
     overrides = [*COMMON, f"optim={optimizer}", f"sp.size={layout.sp}", f"dp.size={layout.dp}",
                  f"zero.stage={layout.zero}", f"sp.exchange={exchange}", *extra]  # fmt: skip
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return resolve(compose("config", overrides))
+    return resolve(composed(overrides)[0])
 
 
 class Harness:

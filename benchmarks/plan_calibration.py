@@ -125,9 +125,9 @@ def rank(number: int, config: Config, folder: str, deepspeed_entries: dict[str, 
     import torch
     import torch.distributed as dist
 
-    from ulysses_exp import training
     from ulysses_exp.plan.trace import with_entries
-    from ulysses_exp.session import open_session
+    from ulysses_exp.rank import step as training
+    from ulysses_exp.rank.session import open_session
 
     settings = training.deepspeed_config
     training.deepspeed_config = lambda *about: with_entries(settings(*about), deepspeed_entries)
@@ -222,7 +222,7 @@ def peak_of(profiler: Any) -> int:
 def measure(config: Config, deepspeed_entries: dict[str, Any]) -> dict[str, int]:
     """Runs `config` on real ranks. Raises RuntimeError where one of them fails."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["ulysses_exp.preload", "ulysses_exp.session"])
+    context.set_forkserver_preload(["ulysses_exp.rank.preload", "ulysses_exp.rank.session"])
     with tempfile.TemporaryDirectory() as folder:
         ranks = [
             context.Process(target=rank, args=(n, config, folder, deepspeed_entries))

@@ -28,10 +28,9 @@ os.environ |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFN
 os.environ.pop("LOCAL_SIZE", None)
 
 import reload_matrix_ranks as ranks  # noqa: E402
-from hydra import compose, initialize_config_dir  # noqa: E402
 
-from ulysses_exp.cli import CONF  # noqa: E402
 from ulysses_exp.config import Config, resolve  # noqa: E402
+from ulysses_exp.config.composing import composed  # noqa: E402
 from ulysses_exp.layout import Layout  # noqa: E402
 
 TOLERANCE = 1e-6  # relative
@@ -46,8 +45,7 @@ OVERRIDES = [
 def configuration(layout: Layout) -> Config:
     """The experiment in one layout; a changing learning rate, so that a lost schedule shows."""
     where = [f"sp.size={layout.sp}", f"dp.size={layout.dp}", f"zero.stage={layout.zero}"]
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return resolve(compose("config", OVERRIDES + where))
+    return resolve(composed(OVERRIDES + where)[0])
 
 
 def run(
@@ -58,7 +56,7 @@ def run(
     if not configs:
         return []
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["ulysses_exp.preload"])
+    context.set_forkserver_preload(["ulysses_exp.rank.preload"])
     for stale in folder.glob(f"meeting-{work}-{world}-*"):
         stale.unlink()
     arguments = (world, folder, work, configs, cells)
@@ -202,7 +200,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
     names = report["layouts"]
     figure, axes = plt.subplots(1, 2, figsize=(15, 8), constrained_layout=True)
     for axis, title, cells in (
-        (axes[0], "ulysses_exp.checkpoints.load", report["cells"]),
+        (axes[0], "ulysses_exp.rank.checkpoints.load", report["cells"]),
         (axes[1], "DeepSpeed load_checkpoint", report["plain_load_checkpoint"]),
     ):
         grid = np.full((len(names), len(names)), np.nan)

@@ -14,13 +14,13 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
-from ulysses_exp import checkpoints
-from ulysses_exp.checkpoints.manifest import Manifest
 from ulysses_exp.config import Config
+from ulysses_exp.config.received.manifest import Manifest
 from ulysses_exp.launch import Task
 from ulysses_exp.layout import Layout
-from ulysses_exp.session import Session, open_session
-from ulysses_exp.training import optimizer_step
+from ulysses_exp.rank import checkpoints
+from ulysses_exp.rank.session import Session, open_session
+from ulysses_exp.rank.step import optimizer_step
 
 BEFORE, AFTER = 3, 3  # optimizer steps before the checkpoint, and after it
 

@@ -95,13 +95,12 @@ def _made(number: int, seed: int, rate: float, seq_len: int, layout: tuple[int, 
 
 
 def _composed() -> str:
-    from hydra import compose, initialize_config_dir
     from omegaconf import OmegaConf
 
     import ulysses_exp.config  # noqa: F401  registers the schema
+    from ulysses_exp.config.composing import composed
 
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return OmegaConf.to_yaml(compose("config"))
+    return OmegaConf.to_yaml(composed([])[0])
 
 
 def measure(count: int, folder: Path) -> tuple[float, float, int, int, int, int]:

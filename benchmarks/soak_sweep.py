@@ -98,7 +98,7 @@ def _parents() -> dict[int, int]:
 def _forks_ranks(pid: int) -> bool:
     with suppress(OSError):
         line = Path(f"/proc/{pid}/cmdline").read_bytes()
-        return b"ulysses_exp.launch.server" in line or b"ulysses_exp.preload" in line
+        return b"ulysses_exp.launch.server" in line or b"ulysses_exp.rank.preload" in line
     return False
 
 
@@ -126,7 +126,7 @@ class Jobs:
 
     def names(self) -> list[str]:
         with suppress(OSError):
-            return [entry.name for entry in os.scandir(self.folder) if entry.is_dir() and "=" in entry.name]
+            return [entry.name for entry in os.scandir(self.folder) if entry.is_dir() and not entry.name.startswith(".")]
         return []
 
     def results(self, job: str) -> dict[str, Any]:

@@ -70,16 +70,13 @@ def overrides(length: int, layout: str) -> list[str]:
 
 def peer_job(length: int, layout: str, folder: Path) -> dict[str, Any]:
     """Writes initial weights and tokens of our run; returns the peers' job.json."""
-    from hydra import compose, initialize_config_dir
-
-    from ulysses_exp import models
-    from ulysses_exp.cli import CONF
     from ulysses_exp.config import resolve
-    from ulysses_exp.data import load_corpus
-    from ulysses_exp.data.sequences import draw
+    from ulysses_exp.config.composing import composed
+    from ulysses_exp.model import build as models
+    from ulysses_exp.rank.data import load_corpus
+    from ulysses_exp.rank.data.sequences import draw
 
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        config = resolve(compose("config", overrides(length, layout)))
+    config = resolve(composed(overrides(length, layout))[0])
     model = models.build(config)
     model.save_pretrained(folder / "weights")
     corpus = load_corpus(config, model.config.vocab_size)

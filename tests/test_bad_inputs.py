@@ -13,11 +13,13 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ulysses_exp import before_start, bounds, model_check
 from ulysses_exp import config as schema
-from ulysses_exp.cli import CONF, _composed, main
-from ulysses_exp.config import Config, ConfigError
-from ulysses_exp.user_errors import check_overrides, user_message
+from ulysses_exp.cli import main
+from ulysses_exp.cli.user_errors import check_overrides, user_message
+from ulysses_exp.config import Config, ConfigError, bounds
+from ulysses_exp.config.composing import composed as compose
+from ulysses_exp.config.paths import CONF
+from ulysses_exp.experiment import before_start, model_check
 
 
 @pytest.fixture(autouse=True)
@@ -77,7 +79,7 @@ def test_bad_input_is_refused_in_a_line(monkeypatch, capsys, tmp_path, words, na
 
 @pytest.fixture(scope="module")
 def composed():
-    return _composed([])[0]
+    return compose([])[0]
 
 
 TEXTS = st.one_of(
@@ -282,7 +284,7 @@ def test_data_without_a_token(monkeypatch, capsys, tmp_path):
 @pytest.mark.parametrize("choice", sorted(p.stem for p in (CONF / "model").glob("*.yaml") if p.stem != "hub"))
 def test_shipped_models_are_right_without_asking(monkeypatch, choice):
     """The check trusts them; here they go through it."""
-    config = schema.typed(_composed([f"model={choice}", "stages=[plan]"])[0])
+    config = schema.typed(compose([f"model={choice}", "stages=[plan]"])[0])
     monkeypatch.setattr(model_check, "_shipped", lambda name: None)
     model_check.check(config)
 
@@ -306,5 +308,5 @@ ROPE = "+model.architecture.rope_parameters={rope_type: dynamic, factor: 2.0, ro
     ],
 )  # fmt: skip
 def test_odd_but_right(words):
-    config = schema.resolve(_composed(words)[0])
+    config = schema.resolve(compose(words)[0])
     before_start.check(config)

@@ -5,17 +5,17 @@ import time
 
 import pytest
 
-from ulysses_exp import combinations
 from ulysses_exp import config as schema
-from ulysses_exp.cli import _composed
-from ulysses_exp.combinations import impossible, jobs_of, reasons
 from ulysses_exp.config import ConfigError
+from ulysses_exp.config.composing import composed
+from ulysses_exp.experiment import combinations
+from ulysses_exp.experiment.combinations import impossible, jobs_of, reasons
 
 CPU = ["device=cpu", "stages=[train]"]
 
 
 def lost(*overrides):
-    found = impossible([*CPU, *overrides], lambda job: _composed(job)[0], schema.check)
+    found = impossible([*CPU, *overrides], lambda job: composed(job)[0], schema.check)
     assert found is not None
     return found
 
@@ -23,7 +23,7 @@ def lost(*overrides):
 def composed_anew(job):
     """Why Hydra's job cannot run, None where it can."""
     try:
-        schema.resolve(_composed(job)[0])
+        schema.resolve(composed(job)[0])
     except ConfigError as error:
         return str(error)
     return None
@@ -73,7 +73,7 @@ def test_a_job_knows_its_place_and_its_layout():
     ],
 )
 def test_where_it_cannot_be_told_hydra_is_to_say(overrides):
-    assert impossible([*CPU, *overrides], lambda job: _composed(job)[0], schema.check) is None
+    assert impossible([*CPU, *overrides], lambda job: composed(job)[0], schema.check) is None
 
 
 def test_hydra_makes_only_the_jobs_that_are_left():

@@ -6,10 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
 
-from ulysses_exp.cli import CONF, main
+from ulysses_exp.cli import main
 from ulysses_exp.config import ConfigError, resolve
+from ulysses_exp.config.composing import composed as compose
+from ulysses_exp.config.paths import CONF
 
 WRONG = [
     # (overrides, the key that the message names)
@@ -111,8 +112,7 @@ def test_a_refusal_comes_at_once(command, tmp_path: Path, overrides, key, second
 
 
 def composed(*overrides: str):
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return resolve(compose("config", list(overrides)))
+    return resolve(compose(list(overrides))[0])
 
 
 GROUPS = ("data", "experiment", "launch", "memory", "model", "optim", "zero")
@@ -153,7 +153,8 @@ def test_layouts_of_more_ranks_than_are_attached(monkeypatch):
 
 
 def test_gpus_that_are_not_there(monkeypatch):
-    monkeypatch.setattr("ulysses_exp.config.accelerators", lambda: 2)
+    for place in ("machine", "rules", "layout_rules"):
+        monkeypatch.setattr(f"ulysses_exp.config.{place}.accelerators", lambda: 2)
     with pytest.raises(ConfigError, match=r"sp\.size: .*needs 4 GPUs, 2 are present"):
         composed("sp.size=4", "device=cuda")
 

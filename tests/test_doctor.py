@@ -230,7 +230,7 @@ def process(*arguments: str) -> Iterator[subprocess.Popen[bytes]]:
 
 def server_of(command: int) -> str:
     """What the command line of a server of ranks, and of its ranks, holds."""
-    return f"from ulysses_exp.launch.server import serve; serve(3, {command}, 'ulysses_exp.preload')"
+    return f"from ulysses_exp.launch.server import serve; serve(3, {command}, 'ulysses_exp.rank.preload')"
 
 
 def run_folder(folder: Path, status: str) -> Path:

@@ -5,21 +5,19 @@ import multiprocessing
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 
-from ulysses_exp.cli import CONF
 from ulysses_exp.config import ConfigError, resolve
+from ulysses_exp.config.composing import composed as compose
 from ulysses_exp.launch import RankFailure
-from ulysses_exp.memory_limit import held, limited
-from ulysses_exp.stages.longest import find, search
+from ulysses_exp.rank.memory_limit import held, limited
+from ulysses_exp.stages.train.longest import find, search
 
 MIB = 2**20
 SEARCH = ["longest.search=true", "longest.memory_gib=1", "stages=[train]", "sp.size=2", "device=cpu"]
 
 
 def composed(*overrides):
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return resolve(compose("config", [*SEARCH, *overrides]))
+    return resolve(compose([*SEARCH, *overrides])[0])
 
 
 @pytest.mark.parametrize("limit", [16, 17, 500, 512, 1000, 4096, 100_000])

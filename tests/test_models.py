@@ -9,8 +9,8 @@ import pytest
 import torch
 import yaml
 
-from ulysses_exp import models
 from ulysses_exp.config import Config, ConfigError, ModelConfig, architecture
+from ulysses_exp.model import build as models
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -8,9 +8,8 @@ import os
 
 import pytest
 
-from ulysses_exp import redaction
-from ulysses_exp.cli import sweep_overrides
-from ulysses_exp.config import ConfigError
+from ulysses_exp.cli.command import sweep_overrides
+from ulysses_exp.config import ConfigError, redaction
 from ulysses_exp.launch import failure
 
 SECRETS = {"WANDB_API_KEY": "0123456789abcdef" * 2, "HF_TOKEN": "hf_FAKE", "AWS_SECRET_ACCESS_KEY": 'wJal/"K7\\',

@@ -11,18 +11,20 @@ from pathlib import Path
 
 import pytest
 from checkout import ROOT
-from hydra import compose, initialize_config_dir
 
-from ulysses_exp import continuing, run_folder, sources, sweep
-from ulysses_exp.checkpoints.manifest import Manifest
-from ulysses_exp.cli import CONF, main
+from ulysses_exp.cli import main
 from ulysses_exp.config import ConfigError, resolve
+from ulysses_exp.config.composing import composed
+from ulysses_exp.config.received import sources
+from ulysses_exp.config.received.manifest import Manifest
+from ulysses_exp.experiment import before_start, continuing, sweep
+from ulysses_exp.launch import run_folder
 from ulysses_exp.report import runs
 
 HOLDER = """
 import sys, time
 from pathlib import Path
-from ulysses_exp import run_folder
+from ulysses_exp.launch import run_folder
 run_folder.lock(Path(sys.argv[1]))
 print("held", flush=True)
 time.sleep(600)
@@ -38,8 +40,7 @@ def nothing_stays_locked():
 
 @pytest.fixture(scope="module")
 def config():
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return resolve(compose("config", ["device=cpu", "train.steps=6"]))
+    return resolve(composed(["device=cpu", "train.steps=6"])[0])
 
 
 def command(monkeypatch, capsys, *overrides: str) -> tuple[object, str]:
@@ -139,8 +140,8 @@ def test_a_model_in_the_folder_is_not_moved_away_from_its_job(tmp_path, config):
     model.mkdir()
     reads = replace(config, model=replace(config.model, name_or_path=str(model)))
     with pytest.raises(ConfigError, match=r"model\.name_or_path: .* own folder"):
-        run_folder.refuse_own(reads, tmp_path / "R")
-    run_folder.refuse_own(reads, tmp_path / "other")
+        before_start.refuse_own(reads, tmp_path / "R")
+    before_start.refuse_own(reads, tmp_path / "other")
 
 
 def test_another_job_moves_what_is_there_aside(tmp_path):

@@ -1,22 +1,26 @@
 """Which jobs of a sweep need not run again, what their folders are called, and how far a sweep says it is."""
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
-from hydra import compose, initialize_config_dir
+from hypothesis import given
+from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from ulysses_exp.cli import CONF, sweep_overrides
-from ulysses_exp.combinations import jobs_of
+from ulysses_exp.cli.command import sweep_overrides
 from ulysses_exp.config import ConfigError, resolve
-from ulysses_exp.sweep import Sweep, fingerprint, finished, job_name, objective
+from ulysses_exp.config.composing import composed
+from ulysses_exp.config.paths import CONF
+from ulysses_exp.experiment.combinations import jobs_of
+from ulysses_exp.experiment.job_name import check_names, job_name
+from ulysses_exp.experiment.sweep import Sweep, fingerprint, finished, objective
 
 
 @pytest.fixture(scope="module")
 def config():
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return resolve(compose("config", ["device=cpu"]))
+    return resolve(composed(["device=cpu"])[0])
 
 
 def ended(folder, config, status):
@@ -70,10 +74,19 @@ def test_a_source_that_was_trained_again_is_another_one(config, tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "axes", "name"),
     [
-        (["zero.stage=3", "sp.size=2"], {"sp.size", "zero.stage"}, "sp.size=2,zero.stage=3"),
-        (["sp.size=2", "stages=[train,eval]", "train.steps=3"], {"sp.size"}, "sp.size=2"),
-        (["memory=alst", "stages=[train,eval]"], {"stages", "memory"}, "memory=alst,stages=_train,eval"),
-        (["+sp.size=2"], {"sp.size"}, "+sp.size=2"),
+        (["zero.stage=3", "sp.size=2"], {"sp.size", "zero.stage"}, "sp2-z3"),
+        (
+            ["train.seq_len=4096", "zero.stage=0", "sp.size=2"],
+            {"sp.size", "zero.stage", "train.seq_len"},
+            "sp2-z0-len4096",
+        ),
+        (["sp.size=2", "stages=[train,eval]", "train.steps=3"], {"sp.size"}, "sp2"),
+        (["memory=alst", "model=tiny_qwen3"], {"model", "memory"}, "model_tiny_qwen3-memory_alst"),
+        (["optim.lr=1e-3", "seed=0"], {"optim.lr", "seed"}, "lr1e-3-seed0"),
+        (["memory.tiled_mlp=-1"], {"memory.tiled_mlp"}, "tiled_mlp_-1"),
+        (["optim.beta2=0.9"], {"optim.beta2"}, "beta2_0.9"),
+        (["eval=bypass", "eval.sequences=2"], {"eval"}, "eval_bypass"),
+        (["+model.architecture.num_hidden_layers=2"], {"model.architecture.num_hidden_layers"}, "num_hidden_layers2"),
         (["train.steps=3"], set(), "7"),
     ],
 )
@@ -81,13 +94,38 @@ def test_a_job_is_called_by_what_the_sweep_varies(overrides, axes, name):
     assert job_name(overrides, 7, axes) == name
 
 
+@given(
+    st.lists(st.text(min_size=1, max_size=12), min_size=2, max_size=4, unique=True),
+    st.lists(st.text("ab-_.=1", min_size=1, max_size=6), min_size=2, max_size=4, unique=True),
+)
+def test_names_of_jobs_are_different_and_nothing_to_a_shell(models, notes):
+    axes = {"model.name_or_path", "tracker.project"}
+    jobs = [[f"model.name_or_path={model}", f"tracker.project={note}"] for model in models for note in notes]
+    names = [job_name(job, 0, axes) for job in jobs]
+    assert len(set(names)) == len(jobs)
+    assert all(re.fullmatch(r"[A-Za-z0-9._-]+", name) and len(name) <= 110 for name in names), names
+    assert names == [job_name(reversed(job), 9, axes) for job in jobs], "the order in which they are typed is nothing"
+
+
 def test_names_that_are_cut_stay_different():
-    folders = [f"/data/{sweep}/sp.size=2,zero.stage={zero}" for sweep in ("a", "b") for zero in (1, 3)]
+    folders = [f"/data/{sweep}/sp2-z{zero}" for sweep in ("a", "b") for zero in (1, 3)]
     names = [job_name([f"checkpoint.source='{f}'", "stages=[eval]"], 0, {"checkpoint.source"}) for f in folders]
     assert len(set(names)) == 4
-    assert all(name.startswith("checkpoint.source=sp.size=2,zero.stage=") for name in names)
+    assert all(name.startswith("source_sp2-z") for name in names)
     long = [job_name([f"model.name_or_path={'x' * 200}{i}"], 0, {"model.name_or_path"}) for i in range(2)]
     assert len(set(long)) == 2 and max(map(len, long)) <= 110
+
+
+def test_a_sweep_with_names_of_an_earlier_version_is_not_mixed(tmp_path):
+    (tmp_path / "sp2-z0").mkdir()
+    (tmp_path / "sp2-z0" / "results.json").write_text("{}")
+    check_names(tmp_path, "sweep.name")
+    check_names(tmp_path / "none", "sweep.name")
+    (tmp_path / "sp.size=2,zero.stage=0").mkdir()
+    check_names(tmp_path, "sweep.name")  # somebody's folder, no job
+    (tmp_path / "sp.size=2,zero.stage=0" / "results.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"sweep\.name: .* holds 1 jobs .* sp\.size=2,zero\.stage=0; set another"):
+        check_names(tmp_path, "sweep.name")
 
 
 @pytest.mark.parametrize("study", sorted((CONF / "experiment").glob("*.yaml")), ids=lambda path: path.stem)
@@ -95,9 +133,8 @@ def test_a_study_says_the_last_word(study):
     written = OmegaConf.load(study)
     for key in ("defaults", "hydra"):
         written.pop(key, None)
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        composed = compose("config", [f"experiment={study.stem}"])
-    assert OmegaConf.merge(composed, written) == composed
+    plain, _ = composed([f"experiment={study.stem}"])
+    assert OmegaConf.merge(plain, written) == plain
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ulysses_exp.attention.upstream import entry, kv_groups, sequence_parallel_state
+from ulysses_exp.model.attention.upstream import entry, kv_groups, sequence_parallel_state
 
 BATCH, LENGTH, VOCABULARY, WINDOW = 2, 96, 64, 20
 

@@ -38,7 +38,7 @@ class RankPool:
 
     def _start(self) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["ulysses_exp.preload", "ulysses_exp.attention"])
+        context.set_forkserver_preload(["ulysses_exp.rank.preload", "ulysses_exp.model.attention"])
         self.starts += 1
         for rank in range(WORLD):
             here, there = context.Pipe()

@@ -9,10 +9,10 @@ from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
 from rank_pool import RankPool
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ulysses_exp.attention import ulysses
-from ulysses_exp.attention.exchange import FusedUlyssesAttention
-from ulysses_exp.attention.upstream import entry
-from ulysses_exp.metrics.communication import AllToAllCounter
+from ulysses_exp.model.attention import ulysses
+from ulysses_exp.model.attention.exchange import FusedUlyssesAttention
+from ulysses_exp.model.attention.upstream import entry
+from ulysses_exp.rank.metrics.communication import AllToAllCounter
 
 
 @torch.no_grad()

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import flex_attention
 
-from ulysses_exp.attention import core
-from ulysses_exp.attention.documents import Documents, Segment
+from ulysses_exp.model.attention import core
+from ulysses_exp.model.attention.documents import Documents, Segment
 
 
 def dense(query, key, value, whole: Documents, window: int | None):

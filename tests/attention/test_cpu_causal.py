@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ulysses_exp.attention import cpu_causal
+from ulysses_exp.model.attention import cpu_causal
 
 
 def inputs(batch: int, heads: int, kv_heads: int, tokens: int, dim: int, dtype: torch.dtype) -> list[Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ulysses_exp.attention.documents import Documents, Segment, documents
+from ulysses_exp.model.attention.documents import Documents, Segment, documents
 
 
 def rows(

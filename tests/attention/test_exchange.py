@@ -8,8 +8,8 @@ import torch
 from rank_pool import RankPool
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ulysses_exp.attention import all_to_all_bytes, ulysses
-from ulysses_exp.metrics.communication import AllToAllCounter
+from ulysses_exp.model.attention import all_to_all_bytes, ulysses
+from ulysses_exp.rank.metrics.communication import AllToAllCounter
 
 
 def _counts(rank: int, family: str, sp: int, exchange: str, announced: bool) -> list[tuple[int, int, int]]:
@@ -64,7 +64,7 @@ def test_bytes_by_hand() -> None:
 
 def _values_of_another_size(rank: int) -> tuple[float, float]:
     """Value heads of size 6 beside keys of size 8, one KV head for four ranks, against one process."""
-    from ulysses_exp.attention.exchange import FusedUlyssesAttention
+    from ulysses_exp.model.attention.exchange import FusedUlyssesAttention
 
     sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
     module = torch.nn.Module().train()
@@ -99,8 +99,8 @@ import torch, deepspeed
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 import masked_batches as tiny
-from ulysses_exp.attention import ulysses
-from ulysses_exp.metrics.communication import AllToAllCounter
+from ulysses_exp.model.attention import ulysses
+from ulysses_exp.rank.metrics.communication import AllToAllCounter
 
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)

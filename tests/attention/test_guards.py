@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama import modeling_llama
 
-from ulysses_exp.attention import ulysses
-from ulysses_exp.model_check import ATTENTION
+from ulysses_exp.experiment.model_check import ATTENTION
+from ulysses_exp.model.attention import ulysses
 
 
 def registered(model: PreTrainedModel, by: str, sp: int) -> AbstractContextManager[Any]:

@@ -11,7 +11,7 @@ from rank_pool import RankPool
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ulysses_exp.attention import ulysses
+from ulysses_exp.model.attention import ulysses
 
 
 def _state(model: torch.nn.Module) -> list[object]:

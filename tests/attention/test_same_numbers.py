@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from rank_pool import RankPool
 
-from ulysses_exp.attention import ulysses
+from ulysses_exp.model.attention import ulysses
 
 LOGITS, GRADIENTS = 1e-5, 1e-5  # absolute (logits are of order 5), and relative by norm
 

@@ -12,7 +12,7 @@ from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
 from rank_pool import RankPool
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ulysses_exp.attention.upstream import attention_module, group_timeout
+from ulysses_exp.model.attention.upstream import attention_module, group_timeout
 
 
 def _a_second_registration_fails(rank: int) -> None:

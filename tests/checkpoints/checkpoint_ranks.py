@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-PRELOAD = ["ulysses_exp.preload"]
+PRELOAD = ["ulysses_exp.rank.preload"]
 
 
 class RankError(AssertionError):

@@ -16,9 +16,9 @@ import torch.distributed as dist
 from checkpoint_ranks import run
 from tiny_engine import Recipe, engine, steps
 
-from ulysses_exp import checkpoints
-from ulysses_exp.checkpoints import streaming
 from ulysses_exp.layout import Layout
+from ulysses_exp.rank import checkpoints
+from ulysses_exp.rank.checkpoints import streaming
 
 # 3 steps of 2 micro steps are no multiple of the 4 that a layout with one replica accumulates
 BEFORE, AFTER = 3, 3

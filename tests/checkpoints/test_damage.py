@@ -16,9 +16,9 @@ from checkpoint_ranks import run
 from safetensors.torch import save_file
 from tiny_engine import Recipe, engine, steps
 
-from ulysses_exp import checkpoints
-from ulysses_exp.checkpoints.manifest import Manifest
+from ulysses_exp.config.received.manifest import Manifest
 from ulysses_exp.layout import Layout
+from ulysses_exp.rank import checkpoints
 
 ONE = Layout(1, 1, 0)
 WEIGHTS = "portable/weights-00001-of-00001.safetensors"

@@ -10,8 +10,8 @@ from checkpoint_ranks import run
 from test_damage import _Payload
 from tiny_engine import engine, steps
 
-from ulysses_exp import checkpoints
 from ulysses_exp.layout import Layout
+from ulysses_exp.rank import checkpoints
 
 
 def save_with_deepspeed(folder: Path, layout: Layout) -> list[float]:

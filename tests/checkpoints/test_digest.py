@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ulysses_exp.checkpoints.digest import digest
+from ulysses_exp.rank.checkpoints.digest import digest
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.uint8])

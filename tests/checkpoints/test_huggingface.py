@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from tiny_engine import Recipe, engine, steps
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from ulysses_exp import checkpoints
 from ulysses_exp.layout import Layout
+from ulysses_exp.rank import checkpoints
 
 PROMPT = torch.arange(8)[None]
 
@@ -40,7 +40,15 @@ def train_and_save(folder: Path, layout: Layout, recipe: Recipe) -> list[int] | 
 
 
 def check(folder: Path, out: Path, *more: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "ulysses_exp.checkpoints.huggingface_check", str(folder), "--out", str(out), *more]
+    command = [
+        sys.executable,
+        "-m",
+        "ulysses_exp.rank.checkpoints.huggingface_check",
+        str(folder),
+        "--out",
+        str(out),
+        *more,
+    ]
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 

@@ -13,8 +13,8 @@ import torch.distributed as dist
 from checkpoint_ranks import run, start
 from tiny_engine import engine, steps
 
-from ulysses_exp import checkpoints
 from ulysses_exp.layout import Layout
+from ulysses_exp.rank import checkpoints
 
 LAYOUT = Layout(1, 2, 2)
 MOMENTS = 20

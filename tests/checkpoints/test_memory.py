@@ -8,8 +8,8 @@ import pytest
 from checkpoint_ranks import run
 from tiny_engine import Recipe, engine, steps
 
-from ulysses_exp import checkpoints
 from ulysses_exp.layout import Layout
+from ulysses_exp.rank import checkpoints
 
 LARGE = Recipe(hidden=512, layers=2, vocabulary=16384)
 LARGEST = 16384 * 512 * 4  # bytes of the embeddings; about 250 MB of state in all

@@ -7,8 +7,8 @@ import torch
 from checkpoint_ranks import run
 from tiny_engine import Recipe, engine, steps
 
-from ulysses_exp.checkpoints.homes import fragments
 from ulysses_exp.layout import Layout
+from ulysses_exp.rank.checkpoints.homes import fragments
 
 
 def sign_of_zero() -> list[bool]:

@@ -12,7 +12,7 @@ import pytest
 from checkout import ROOT, only_run
 from descendants import alive, children, gone, left_in_shared_memory, nothing_left
 
-from ulysses_exp.checkpoints.manifest import Manifest, stored_tensors
+from ulysses_exp.config.received.manifest import Manifest, stored_tensors
 from ulysses_exp.launch import heartbeat
 
 

@@ -112,8 +112,8 @@ def test_bypassed_loss_is_that_of_transformers_alone(job, results):
     from transformers import AutoModelForCausalLM
 
     from ulysses_exp.config import Config
-    from ulysses_exp.data import load_corpus
-    from ulysses_exp.data.sequences import draw
+    from ulysses_exp.rank.data import load_corpus
+    from ulysses_exp.rank.data.sequences import draw
 
     saved = OmegaConf.load(job[0] / ".hydra" / "config.yaml")
     config: Config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), saved))

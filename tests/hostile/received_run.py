@@ -8,8 +8,9 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from ulysses_exp import cli, config, sources
-from ulysses_exp.checkpoints.manifest import Manifest
+from ulysses_exp import config
+from ulysses_exp.config.received import sources
+from ulysses_exp.config.received.manifest import Manifest
 
 sys.path.append(str(Path(__file__).parents[1] / "checkpoints"))  # checkpoint_ranks, tiny_engine
 
@@ -19,18 +20,17 @@ CONFIG = Path(".hydra/config.yaml")
 
 def composed(*overrides: str) -> DictConfig:
     """What Hydra makes of a command line."""
-    from hydra import compose, initialize_config_dir
+    from ulysses_exp.config.composing import composed as compose
 
-    with initialize_config_dir(str(cli.CONF), version_base="1.3"):
-        return compose("config", list(overrides))
+    return compose(list(overrides))[0]
 
 
 def make_checkpoint(folder: Path) -> None:
     """In a rank: one step of training, saved."""
     from tiny_engine import engine, steps
 
-    from ulysses_exp import checkpoints
     from ulysses_exp.layout import REFERENCE
+    from ulysses_exp.rank import checkpoints
 
     with engine(REFERENCE) as made:
         steps(made, REFERENCE, 0, 1)
@@ -41,8 +41,8 @@ def open_checkpoint(folder: Path) -> str:
     """In a rank: what loading it says."""
     from tiny_engine import engine
 
-    from ulysses_exp import checkpoints
     from ulysses_exp.layout import REFERENCE
+    from ulysses_exp.rank import checkpoints
 
     with engine(REFERENCE, seed=1) as made:
         try:

@@ -166,9 +166,9 @@ def test_no_setting_of_a_model_is_an_order_to_its_loader(key: str) -> None:
 
 def open_them(folders: list[Path]) -> list[str]:
     """In a rank: what opening each as model and as tokenizer says."""
-    from ulysses_exp import models
     from ulysses_exp.config import Config
-    from ulysses_exp.data.corpus import _tokenizer
+    from ulysses_exp.model import build as models
+    from ulysses_exp.rank.data.corpus import _tokenizer
 
     said = []
     for folder in folders:

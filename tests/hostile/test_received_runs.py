@@ -17,11 +17,11 @@ import received_run
 import yaml
 from received_run import CONFIG, STEP, Checked, forge, open_checkpoint
 
-from ulysses_exp import sources
-from ulysses_exp.checkpoints.manifest import Manifest
 from ulysses_exp.config import ConfigError, doors, known_keys
+from ulysses_exp.config.received import sources
+from ulysses_exp.config.received.manifest import Manifest
+from ulysses_exp.config.received.reading import Refused
 from ulysses_exp.layout import Layout
-from ulysses_exp.received import Refused
 
 SECRET = "hf_FAKEFAKEFAKE"
 Change = Callable[[Path, Path], None]  # (run folder, a folder outside of it)

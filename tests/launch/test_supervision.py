@@ -66,6 +66,18 @@ def test_a_stopped_rank_is_named_and_all_ranks_end(server, task):
     assert nobody_left(forks)
 
 
+def test_a_server_that_does_not_end_importing_is_told_and_leaves_nothing(importing_server, task):
+    forks = {rank: importing_server.fork(ranks.waits, task.results, rank) for rank in range(2)}
+    began = time.monotonic()
+    with pytest.raises(RankFailure) as caught:
+        supervise(task, forks)
+    assert time.monotonic() - began < 15
+    assert str(caught.value).startswith("the process that starts ranks stands still since ")
+    assert not importing_server.alive
+    commands = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists()]
+    assert b"sleep\x0061.5\x00" not in commands
+
+
 def test_a_rank_that_gave_up_waiting_is_not_the_one_to_name(server, task):
     forks = {
         0: server.fork(ranks.gives_up, task.results, 0, 0.5),
@@ -147,11 +159,11 @@ def test_a_killed_server_is_told_of(server, task):
 
 def test_where_a_rank_waited_is_read_from_its_traceback():
     trace = """Traceback (most recent call last):
-  File "/x/ulysses_exp/training.py", line 196, in make_step
+  File "/x/ulysses_exp/rank/step.py", line 196, in make_step
     engine.backward(loss)
-  File "/x/ulysses_exp/metrics/communication.py", line 44, in counted_single
+  File "/x/ulysses_exp/rank/metrics/communication.py", line 44, in counted_single
     return single(output)
   File "/y/torch/distributed/distributed_c10d.py", line 4900, in all_to_all_single
     work.wait()
 RuntimeError: Timed out waiting 20000ms"""
-    assert waited_in(trace) == "waited in all_to_all_single at ulysses_exp/training.py:196"
+    assert waited_in(trace) == "waited in all_to_all_single at ulysses_exp/rank/step.py:196"

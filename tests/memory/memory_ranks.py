@@ -14,8 +14,8 @@ import yaml
 from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from ulysses_exp import memory
 from ulysses_exp.config import MemoryConfig
+from ulysses_exp.model import memory
 
 MODELS = Path(__file__).resolve().parents[2] / "conf" / "model"
 SP, LENGTH, ACCUMULATION, IGNORED_LABELS = 2, 64, 2, 5

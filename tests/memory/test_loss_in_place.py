@@ -7,8 +7,8 @@ import torch
 from memory_ranks import new_model
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from ulysses_exp.memory import loss_in_place
-from ulysses_exp.memory.loss_in_place import causal_lm_loss, take_loss_in_place
+from ulysses_exp.model.memory import loss_in_place
+from ulysses_exp.model.memory.loss_in_place import causal_lm_loss, take_loss_in_place
 
 ROWS, VOCABULARY = 50, 300
 

@@ -12,10 +12,10 @@ os.environ |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
 import torch
 from memory_ranks import new_model
 
-from ulysses_exp import memory
 from ulysses_exp.config import ConfigError, MemoryConfig
-from ulysses_exp.memory import loss_in_place
-from ulysses_exp.memory.tile_size import AUTO, TILE, tiles_of
+from ulysses_exp.config.tiles import AUTO, TILE, tiles_of
+from ulysses_exp.model import memory
+from ulysses_exp.model.memory import loss_in_place
 
 LENGTH = 512
 #: Shapes in which what an option saves is most of what there is.

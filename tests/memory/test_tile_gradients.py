@@ -15,9 +15,9 @@ from memory_ranks import new_model
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from ulysses_exp import memory
 from ulysses_exp.config import MemoryConfig
-from ulysses_exp.memory.tile_gradients import TileGradients
+from ulysses_exp.model import memory
+from ulysses_exp.model.memory.tile_gradients import TileGradients
 
 LENGTH = 1024
 TILES = (1, 8, 128)

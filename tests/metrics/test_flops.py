@@ -9,8 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ulysses_exp.config import MemoryConfig
-from ulysses_exp.memory import apply
-from ulysses_exp.metrics.flops import again_flops, forward_flops, pairs, peak_flops, step_flops
+from ulysses_exp.model.memory import apply
+from ulysses_exp.rank.metrics.flops import again_flops, forward_flops, pairs, peak_flops, step_flops
 
 NONE = MemoryConfig(name="none")
 

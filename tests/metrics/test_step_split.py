@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from ulysses_exp.metrics.step_split import step_split
+from ulysses_exp.rank.metrics.step_split import step_split
 
 
 def event(name: str, begin_ms: float, end_ms: float, device: str = "CPU") -> SimpleNamespace:

@@ -8,13 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch.distributed as dist
-from hydra import compose, initialize_config_dir
 
-from ulysses_exp.cli import CONF
 from ulysses_exp.config import Config, resolve
+from ulysses_exp.config.composing import composed
 from ulysses_exp.launch import Task
 from ulysses_exp.layout import Layout
-from ulysses_exp.session import Session, open_session
+from ulysses_exp.rank.session import Session, open_session
 
 #: Two layers, so that many engines are built in a few seconds.
 SMALL = ["stages=[train]", "device=cpu", "train.seq_len=32", "train.global_batch_size=4", "train.steps=4",
@@ -22,8 +21,7 @@ SMALL = ["stages=[train]", "device=cpu", "train.seq_len=32", "train.global_batch
 
 
 def configured(*overrides: str) -> Config:
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return resolve(compose("config", [*SMALL, *overrides]))
+    return resolve(composed([*SMALL, *overrides])[0])
 
 
 @contextlib.contextmanager

@@ -12,14 +12,14 @@ import pytest
 from checkpoints.checkpoint_ranks import run
 from small_sessions import at, configured, session
 
-from ulysses_exp import lineage, training
-from ulysses_exp.checkpoints.huggingface_check import check
-from ulysses_exp.checkpoints.manifest import Manifest
-from ulysses_exp.config import Config, ConfigError
-from ulysses_exp.job import judged
-from ulysses_exp.session import Session
-from ulysses_exp.sources import inherit
-from ulysses_exp.stages.train import save
+from ulysses_exp.config import Config, ConfigError, lineage
+from ulysses_exp.config.received.manifest import Manifest
+from ulysses_exp.config.received.sources import inherit
+from ulysses_exp.rank import step as training
+from ulysses_exp.rank.checkpoints.huggingface_check import check
+from ulysses_exp.rank.session import Session
+from ulysses_exp.stages.reload.judgement import judged
+from ulysses_exp.stages.train.rank import save
 
 BEFORE, STEPS = 2, 4
 
@@ -191,10 +191,9 @@ def test_data_that_follow_from_a_setting_are_asked_for_by_it():
 
 
 def test_another_optimizer_is_refused_before_a_rank_starts(tmp_path):
-    from hydra import compose, initialize_config_dir
     from omegaconf import OmegaConf
 
-    from ulysses_exp.cli import CONF
+    from ulysses_exp.config.composing import composed
 
     (tmp_path / ".hydra").mkdir()
     (tmp_path / "checkpoints" / "step5").mkdir(parents=True)
@@ -202,10 +201,9 @@ def test_another_optimizer_is_refused_before_a_rank_starts(tmp_path):
     counters = {"global_steps": 5, "global_samples": 20, "skipped_steps": 0}
     engine = {**counters, "groups": [], "scheduler": None, "generators": []}
     Manifest("sp1-dp1-z0", 5, "AdamW", {}, {}, {}, {}, {}, engine).write(tmp_path / "checkpoints" / "step5")
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        OmegaConf.save(compose("config", []), tmp_path / ".hydra" / "config.yaml")
-        overrides = ["optim=sgd", f"checkpoint.source={tmp_path}"]
-        with pytest.raises(ConfigError, match="optim: the checkpoint holds the states of adamw, not of sgd"):
-            inherit(compose("config", overrides), overrides)
+    OmegaConf.save(composed([])[0], tmp_path / ".hydra" / "config.yaml")
+    overrides = ["optim=sgd", f"checkpoint.source={tmp_path}"]
+    with pytest.raises(ConfigError, match="optim: the checkpoint holds the states of adamw, not of sgd"):
+        inherit(composed(overrides)[0], overrides)
     (tmp_path / ".hydra" / "overrides.yaml").write_text("- +data.x=1\n- optim.lr=2\n")
     assert lineage.overridden(tmp_path, "data") and not lineage.overridden(tmp_path, "model")

@@ -14,10 +14,12 @@ import torch.distributed as dist
 from checkpoints.checkpoint_ranks import run
 from small_sessions import at, configured, session
 
-from ulysses_exp import checkpoints, nonfinite, strict_json, training
-from ulysses_exp.checkpoints.homes import fragments, weights_changed
 from ulysses_exp.config import Config
-from ulysses_exp.session import Session
+from ulysses_exp.launch import strict_json
+from ulysses_exp.rank import checkpoints, nonfinite
+from ulysses_exp.rank import step as training
+from ulysses_exp.rank.checkpoints.homes import fragments, weights_changed
+from ulysses_exp.rank.session import Session
 
 BAD = "model.layers.0.mlp.gate_proj.weight"
 PLACES = [("z0", False), ("z1", False), ("z2", False), ("z3", False), ("z1", True), ("z2", True), ("z3", True)]
@@ -37,7 +39,7 @@ def spoil(opened: Session, rank: int, value: float = math.nan) -> Any:
 
 
 def held(opened: Session) -> tuple[checkpoints.Fingerprint, dict[str, str]]:
-    from ulysses_exp.checkpoints.fingerprints import module_digests
+    from ulysses_exp.rank.checkpoints.fingerprints import module_digests
 
     return checkpoints.fingerprint(opened.engine), module_digests(opened.engine)
 

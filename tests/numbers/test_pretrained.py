@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ulysses_exp import models
 from ulysses_exp.config import Config, ConfigError, ModelConfig
+from ulysses_exp.model import build as models
 
 
 def folder(path: Path, change: Callable[[dict[str, torch.Tensor]], None] = lambda tensors: None, **shape) -> Path:

@@ -16,7 +16,7 @@ import pytest
 from made_up_results import results, write
 from rich.console import Console
 
-from ulysses_exp import run_folder
+from ulysses_exp.launch import run_folder
 from ulysses_exp.report import __main__ as report
 from ulysses_exp.report import runs
 from ulysses_exp.report.files import MIB

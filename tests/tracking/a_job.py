@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ulysses_exp.config import Config
-from ulysses_exp.tracking import Tracker
+from ulysses_exp.tracking.run import Tracker
 
 #: Every metric of the contract, section 4
 METRICS = (

@@ -22,7 +22,7 @@ def spec(tmp_path_factory: pytest.TempPathFactory) -> dict:
     command = [
         sys.executable,
         "-m",
-        "ulysses_exp.dashboard",
+        "ulysses_exp.report.dashboard",
         "--entity",
         "lab",
         "--project",
@@ -44,7 +44,7 @@ def _panels(spec: dict) -> list[dict]:
 def test_it_is_read_back_as_it_was_built(spec):
     from wandb_workspaces.workspaces import internal
 
-    from ulysses_exp.dashboard import workspace
+    from ulysses_exp.report.dashboard import workspace
 
     model = workspace("lab", "p")._to_model()
     again = internal.View.model_validate_json(model.model_dump_json(by_alias=True))
@@ -64,7 +64,7 @@ def test_every_panel_shows_something_that_is_logged(spec):
     from made_up_results import results
 
     from ulysses_exp.report.pictures import names
-    from ulysses_exp.tracking import figures
+    from ulysses_exp.tracking.run import figures
 
     made = results()
     made["stages"]["reload"]["seconds"] = 1.0  # the job times its stages
@@ -80,7 +80,7 @@ def test_every_panel_shows_something_that_is_logged(spec):
 
 def test_nothing_is_saved_without_a_server(tmp_path):
     surroundings = environment(tmp_path) | {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "a" * 40}
-    command = [sys.executable, "-m", "ulysses_exp.dashboard", "--entity", "lab"]
+    command = [sys.executable, "-m", "ulysses_exp.report.dashboard", "--entity", "lab"]
     done = subprocess.run(command, env=surroundings, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
     assert len(done.stderr.splitlines()) == 1

@@ -48,18 +48,16 @@ def asked_for(overrides: list[str], ranks: int | None, outputs: Path) -> Asked:
     Raises:
         ConfigError: such a job cannot run anywhere.
     """
-    from hydra import compose, initialize_config_dir
-
-    from ulysses_exp import config, sources
-    from ulysses_exp.cli import CONF
+    from ulysses_exp import config
+    from ulysses_exp.config.composing import composed
+    from ulysses_exp.config.received import sources
 
     keys = {override.partition("=")[0].lstrip("+~") for override in overrides}
     attached = int(os.environ.get("WORLD_SIZE", "1")) if "launch=attached" in overrides else None
     if not keys & {"sp.size", "dp.size", "experiment", "checkpoint.source"}:
         ranks = ranks or attached or min(2, config.accelerators() or os.cpu_count() or 1)
         overrides = ["sp.size=1", *overrides]
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = compose("config", overrides)
+    cfg, _ = composed(overrides)
     resolved = config.resolve(sources.inherit(cfg, overrides))
     return Asked(resolved, ranks or attached or resolved.layout.world, outputs)
 
@@ -144,14 +142,14 @@ def main() -> int:
     if arguments.clean:
         return _clean(arguments.outputs, Console())
     if "launch=attached" in arguments.overrides:
-        from ulysses_exp.cli import leave_to_rank_0
+        from ulysses_exp.cli.command import leave_to_rank_0
 
         leave_to_rank_0(arguments.overrides)
     try:
         asked = asked_for(arguments.overrides, arguments.ranks, arguments.outputs)
     except Exception as error:
-        from ulysses_exp.cli import CONF
-        from ulysses_exp.user_errors import user_message
+        from ulysses_exp.cli.user_errors import user_message
+        from ulysses_exp.config.paths import CONF
 
         message = user_message(error, CONF, arguments.overrides)
         if message is None:

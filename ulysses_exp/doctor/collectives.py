@@ -9,10 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from hydra import compose, initialize_config_dir
-
-from ulysses_exp.cli import CONF
 from ulysses_exp.config import Config, resolve
+from ulysses_exp.config.composing import composed
 from ulysses_exp.doctor.finding import Asked, Finding, existing, ok, wrong
 from ulysses_exp.launch import RankFailure, Task, open_ranks
 from ulysses_exp.report.units import of_bytes, of_seconds
@@ -46,9 +44,8 @@ def check(asked: Asked) -> Iterator[Finding]:
 def _job(asked: Asked) -> Config:
     """The smallest job, at as many ranks as asked for, started as asked for."""
     settings = ["data=synthetic", "stages=[train]", "tracker.mode=disabled", "train.seq_len=8", "sp.size=1"]
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = compose("config", [*settings, f"dp.size={asked.ranks}", f"train.global_batch_size={asked.ranks}",
-                                 f"device={asked.config.device}"])  # fmt: skip
+    ranks = [f"dp.size={asked.ranks}", f"train.global_batch_size={asked.ranks}"]
+    cfg, _ = composed([*settings, *ranks, f"device={asked.config.device}"])
     timeout = min(_TIMEOUT_S, asked.config.launch.timeout_s)
     return replace(resolve(cfg), launch=replace(asked.config.launch, timeout_s=timeout))
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from ulysses_exp.config import Config
 from ulysses_exp.doctor.finding import Asked, Finding, ok, warning, wrong
-from ulysses_exp.tracking import PROBE_S, Tracker, api_key, unreachable
+from ulysses_exp.tracking.run import Tracker
+from ulysses_exp.tracking.server import PROBE_S, api_key, unreachable
 
 
 def check(asked: Asked) -> Iterator[Finding]:

@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ulysses_exp.config import Config, ConfigError, LaunchConfig, doors
 from ulysses_exp.launch import stopping
@@ -32,6 +32,9 @@ from ulysses_exp.launch.server import ServerEnded, server
 from ulysses_exp.launch.standstill import waited_in
 from ulysses_exp.launch.supervision import prepare, supervise
 from ulysses_exp.launch.task import Task
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
 
 _END = b"end"
 _ALIVE_SECONDS = 2  # between two signs of life of rank 0
@@ -95,7 +98,8 @@ class AttachedRanks:
     def _outcome(self, rank: int) -> dict[str, Any] | None:
         key, seconds = f"done{self.number}/{rank}", self.timeout_s + _GRACE_SECONDS
         if _there(self.store, [key], seconds):
-            return json.loads(self.store.get(key))
+            outcome: dict[str, Any] | None = json.loads(self.store.get(key))
+            return outcome
         return _as_json(RankFailure(rank, f"does not answer since {seconds} s", cause=Cause.STANDS_STILL))
 
     def _give_signs_of_life(self) -> None:
@@ -208,7 +212,8 @@ def _next(store: Any, number: int, timeout_s: int) -> bytes:
     while True:
         try:
             if _there(store, [f"task{number}"], _ALIVE_SECONDS):
-                return store.get(f"task{number}")
+                task: bytes = store.get(f"task{number}")
+                return task
             newest = store.get("alive") if store.check(["alive"]) else b""
         except RuntimeError:
             raise RuntimeError("rank 0 or its launcher is gone") from None
@@ -244,7 +249,7 @@ def _rank(task: Task, place: Seat, number: int) -> None:
     """In the fork."""
     os.environ.update(RANK=str(place.rank), LOCAL_RANK=str(place.local_rank), WORLD_SIZE=str(task.layout.world))
 
-    def meet():
+    def meet() -> Store:
         from torch.distributed import PrefixStore
 
         return PrefixStore(f"group{number}", _store(place, task.config.launch.timeout_s, hosts=False))

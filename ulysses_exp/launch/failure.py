@@ -12,8 +12,8 @@ from pathlib import Path
 from time import time as now
 
 from ulysses_exp.config import ConfigError
-from ulysses_exp.output_trouble import full_places
-from ulysses_exp.redaction import redacted
+from ulysses_exp.config.redaction import redacted
+from ulysses_exp.launch.output_trouble import full_places
 
 #: What collectives and stores of torch say when they have waited for `launch.timeout_s`.
 _TIMEOUT = ("timed out", "timeout")

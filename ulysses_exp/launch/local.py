@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ulysses_exp.config import device_of
 from ulysses_exp.launch.environment import prepare as prepare_environment
@@ -16,6 +17,9 @@ from ulysses_exp.launch.rank import be_rank
 from ulysses_exp.launch.server import Fork, ServerEnded, server
 from ulysses_exp.launch.supervision import prepare, supervise
 from ulysses_exp.launch.task import Task
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
 
 
 class LocalRanks:
@@ -52,7 +56,7 @@ def _rank(task: Task, rank: int, meeting: Path) -> None:
     world = task.layout.world
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
 
-    def meet():
+    def meet() -> Store:
         from torch.distributed import FileStore
 
         return FileStore(str(meeting), world)

@@ -8,11 +8,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ulysses_exp.config.stages import resolve
 from ulysses_exp.launch import failure, heartbeat, standstill, stopping
 from ulysses_exp.launch.task import Task
 
 if TYPE_CHECKING:
     from torch.distributed import Store
+
+
+#: What a rank runs, by name: this folder knows how ranks start, and nothing of what they do
+WORKER = "ulysses_exp.rank.worker:run"
 
 
 def be_rank(task: Task, rank: int, meet: Callable[[], Store]) -> None:
@@ -22,8 +27,7 @@ def be_rank(task: Task, rank: int, meet: Callable[[], Store]) -> None:
     heartbeat.start(task.results, rank)
     standstill.show_stack_on_signal(task.results, rank)
     try:
-        from ulysses_exp.worker import run
-
+        run = resolve(WORKER)
         run(task, rank, meet())
     except BaseException as error:
         failure.record(task.results, rank, error)  # the first record stands

@@ -21,6 +21,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from ulysses_exp.launch.environment import make_importable
@@ -32,6 +33,10 @@ GROUP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, s
 _HEADER = struct.Struct("!I")  # bytes of the request
 _NUMBER = struct.Struct("!i")  # the server's answers: a fork's process id, and how it ended
 _MOST_FDS = 8
+
+
+#: What ranks import, once for all of a machine; by name, for this folder knows how ranks start and not what they do
+PRELOAD = "ulysses_exp.rank.preload"
 
 
 class ServerEnded(Exception):
@@ -49,6 +54,10 @@ class Fork:
     def fileno(self) -> int:
         """For select: readable when there is something for `poll`."""
         return self._answers
+
+    @property
+    def server_pid(self) -> int:
+        return self._server.pid
 
     def poll(self) -> int | None:
         """The exit code, None while it runs. Raises ServerEnded."""
@@ -96,7 +105,7 @@ class Server:
         module: what the server imports before its first fork.
     """
 
-    def __init__(self, module: str = "ulysses_exp.preload") -> None:
+    def __init__(self, module: str = PRELOAD) -> None:
         make_importable()
         ours, its = socket.socketpair()
         with its:
@@ -106,6 +115,10 @@ class Server:
                 [sys.executable, *flags, "-P", "-c", code], pass_fds=[its.fileno()], stdin=subprocess.DEVNULL
             )
         self._socket, self._lock = ours, threading.Lock()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
 
     @property
     def alive(self) -> bool:
@@ -142,9 +155,20 @@ class Server:
         return f"the process that starts ranks ended with exit code {code}"
 
     def kill(self) -> None:
-        """Ends the server, and with it all forks."""
+        """Ends the server, and with it all forks and what it runs while it imports, such as a compiler."""
+        children = _children(self._process.pid)
         self._process.kill()
+        for pid in children:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         self._process.wait()
+
+
+def _children(pid: int) -> list[int]:
+    try:
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:
+        return []
 
 
 _server: Server | None = None

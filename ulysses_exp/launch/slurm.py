@@ -10,9 +10,12 @@ import os
 from datetime import timedelta
 
 from ulysses_exp.config import LaunchConfig
+from ulysses_exp.config.stages import resolve
 from ulysses_exp.launch.environment import prepare as prepare_environment
 from ulysses_exp.launch.failure import first_failure
 from ulysses_exp.launch.orphans import die_with_parent
+from ulysses_exp.launch.rank import WORKER
+from ulysses_exp.launch.server import PRELOAD
 from ulysses_exp.launch.supervision import prepare
 from ulysses_exp.launch.task import Task
 
@@ -68,8 +71,7 @@ def _rank(task: Task, nodes: int) -> None:
     )  # fmt: skip
     from torch.distributed import FileStore, Store, TCPStore
 
-    import ulysses_exp.preload  # noqa: F401
-    from ulysses_exp.worker import run
+    resolve(PRELOAD)
 
     store: Store
     if nodes == 1:
@@ -77,4 +79,4 @@ def _rank(task: Task, nodes: int) -> None:
     else:
         timeout = timedelta(seconds=task.config.launch.timeout_s)
         store = TCPStore(here.hostnames[0], _PORT, here.num_tasks, here.global_rank == 0, timeout)
-    run(task, here.global_rank, store)
+    resolve(WORKER)(task, here.global_rank, store)

@@ -22,6 +22,8 @@ SHOW_STACK = signal.SIGRTMIN + 3
 #: A rank that uses less of a core than this, and gives no sign of life, waits for something.
 IDLE = 0.02
 
+_NOT_STARTED = -1  # beats of a rank whose server is still importing
+
 _STACK_SECONDS = 2  # for all ranks to write theirs
 _FRAME = re.compile(r'^  File "(.*)", line (\d+),? in (.*)$')  # of faulthandler, and of a traceback
 _COLLECTIVE = re.compile(r"/torch/distributed/distributed_c10d\.py$")
@@ -45,7 +47,7 @@ _kept: list[object] = []  # faulthandler knows the number of the file only
 
 @dataclass
 class _Seen:
-    """A rank's processor time when its last beat was first seen."""
+    """A rank's processor time when its last beat was first seen; before it was started, that of the server."""
 
     count: int
     cpu: float
@@ -67,14 +69,14 @@ class Watch:
         """Ranks that stand still, and for how many seconds."""
         found = {}
         for rank, fork in forks.items():
-            if fork.pid is None or fork.exitcode is not None:
+            if fork.exitcode is not None:
                 continue
-            state = _state(fork.pid)
+            state = _state(fork.server_pid if fork.pid is None else fork.pid)
             if state is None:
                 continue
             letter, cpu = state
             beat = heartbeat.last(self.folder, rank)
-            count = 0 if beat is None else beat.count
+            count = _NOT_STARTED if fork.pid is None else 0 if beat is None else beat.count
             seen = self._seen.get(rank)
             if seen is None or seen.count != count:
                 self._seen[rank] = seen = _Seen(count, cpu, heartbeat.now())
@@ -86,6 +88,10 @@ class Watch:
     def failure(self, forks: Mapping[int, Fork], standing: Mapping[int, float]) -> RankFailure:
         """The failure to report, and in its trace where every rank is. `forks` are all alive ones, `standing` may be
         empty: then a rank has failed since it waited too long."""
+        if late := [rank for rank in standing if forks[rank].pid is None]:
+            seconds = max(standing[rank] for rank in late)
+            text = f"the process that starts ranks stands still since {seconds:.0f} s: it does not end importing"
+            return RankFailure(None, text, cause=Cause.STANDS_STILL)
         stacks = _stacks(self.folder, forks)
         places = {rank: Place.of(self.folder, rank, fork, stacks.get(rank, "")) for rank, fork in forks.items()}
         since = {rank: self._seen[rank].since for rank in forks if rank in self._seen}

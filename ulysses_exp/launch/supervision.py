@@ -111,6 +111,7 @@ def _failure(task: Task, forks: Mapping[int, Fork], watch: Watch) -> RankFailure
 def stopped_at(task: Task) -> dict[str, object] | None:
     """`{"checkpoint", "step"}` of the checkpoint that was saved since the job had to stop; None where there is none."""
     try:
-        return json.loads((task.results / "stopped.json").read_text())
+        stopped: dict[str, object] = json.loads((task.results / "stopped.json").read_text())
     except OSError:
         return None
+    return stopped

@@ -15,7 +15,7 @@ from ulysses_exp.layout import Layout
 
 @dataclass(frozen=True)
 class Task:
-    """`work` names functions of `ulysses_exp.worker.WORK`, run in this order in one session at `config.layout`.
+    """`work` names functions of `ulysses_exp.rank.worker.WORK`, run in this order in one session at `config.layout`.
 
     Rank 0 leaves the result of each at `results / <work>.json`.
     """
@@ -43,9 +43,10 @@ class Task:
     def from_json(cls, text: str | bytes) -> Task:
         """What `to_json` wrote: data of the declared types, nothing else. Raises ValueError where it is no task."""
         try:
-            return _typed(cls, json.loads(text), "task")
+            task: Task = _typed(cls, json.loads(text), "task")
         except RecursionError:
             raise ValueError("task: too deep") from None
+        return task
 
 
 def _typed(kind: Any, value: Any, key: str) -> Any:

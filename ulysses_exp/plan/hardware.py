@@ -9,8 +9,8 @@ from pathlib import Path
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ulysses_exp.cli import CONF
 from ulysses_exp.config import ConfigError, nearest
+from ulysses_exp.config.paths import CONF
 
 GIB = 2**30
 

@@ -27,9 +27,10 @@ _BY_FILE = (
     ("/torch/autograd/", "activations"),
     ("/torch/utils/checkpoint", "activations"),
     ("/transformers/", "activations"),
-    ("/ulysses_exp/models", "parameters"),
-    ("/ulysses_exp/training", "activations"),
-    ("/ulysses_exp/memory/tile_gradients", "gradients"),
+    ("/ulysses_exp/model/build", "parameters"),
+    ("/ulysses_exp/rank/engine", "activations"),
+    ("/ulysses_exp/rank/step", "activations"),
+    ("/ulysses_exp/model/memory/tile_gradients", "gradients"),
 )
 
 #: The allocator of torch on CUDA hands out multiples of this (c10/cuda/CUDACachingAllocator.h, kMinBlockSize).

@@ -38,7 +38,7 @@ def look_at(config: Config) -> Model:
     from transformers import AutoModelForCausalLM
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    from ulysses_exp.models import pretrained_config
+    from ulysses_exp.model.build import pretrained_config
 
     architecture = pretrained_config(config)
     text = architecture.get_text_config()

@@ -88,8 +88,8 @@ class Work:
 
 def work(config: Config) -> Work:
     """Counts `config`'s operations. Imports torch."""
-    from ulysses_exp.metrics.flops import forward_flops, step_flops
-    from ulysses_exp.models import pretrained_config
+    from ulysses_exp.model.build import pretrained_config
+    from ulysses_exp.rank.metrics.flops import forward_flops, step_flops
 
     architecture = pretrained_config(config)
     memory, train = config.memory, config.train

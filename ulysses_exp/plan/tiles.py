@@ -15,7 +15,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from ulysses_exp.memory import tiled_loss, tiled_mlp
+from ulysses_exp.model.memory import tiled_loss, tiled_mlp
 
 _chunk = torch.Tensor.chunk
 
@@ -58,7 +58,7 @@ def _checkpoint(original: Callable[..., Any], *, scalar: bool) -> Callable[..., 
 
 @contextlib.contextmanager
 def few() -> Iterator[None]:
-    """Within, the tiled MLP and the tiled loss of `ulysses_exp.memory` are traced as described."""
+    """Within, the tiled MLP and the tiled loss of `ulysses_exp.model.memory` are traced as described."""
     with (
         patch.object(torch.Tensor, "chunk", _few),
         patch.object(tiled_mlp, "checkpoint", _checkpoint(tiled_mlp.checkpoint, scalar=False)),

@@ -79,12 +79,14 @@ def trace(request: Request) -> Trace:
     from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    from ulysses_exp import memory as memory_savers
-    from ulysses_exp import models, training
-    from ulysses_exp.attention import ulysses
-    from ulysses_exp.metrics.communication import AllToAllCounter
+    from ulysses_exp.model import build as models
+    from ulysses_exp.model import memory as memory_savers
+    from ulysses_exp.model.attention import ulysses
     from ulysses_exp.plan import flash, many_ranks, planned_device, tiles, upstream
     from ulysses_exp.plan.ledger import CUDA_BLOCK, Ledger
+    from ulysses_exp.rank import engine as engines
+    from ulysses_exp.rank.metrics.communication import AllToAllCounter
+    from ulysses_exp.rank.step import optimizer_step
 
     os.environ.update(RANK="0", LOCAL_RANK="0")  # DeepSpeed asks for them
     config = shortened(request.config, request.layers)
@@ -124,9 +126,9 @@ def trace(request: Request) -> Trace:
                 micro_batch_size=config.train.micro_batch_size,
             )
         )
-        told = with_entries(training.deepspeed_config(config, request.parameters or whole), request.deepspeed)
-        with patch.object(training, "deepspeed_config", lambda *_: told):
-            engine = training.build_engine(config, model, handle.mpu)
+        told = with_entries(engines.deepspeed_config(config, request.parameters or whole), request.deepspeed)
+        with patch.object(engines, "deepspeed_config", lambda *_: told):
+            engine = engines.build_engine(config, model, handle.mpu)
         stack.callback(engine.destroy)
         engine.train()
         _name_states(engine, ledger)
@@ -149,12 +151,12 @@ def trace(request: Request) -> Trace:
             _evaluate(session)
         else:
             with _phases(engine, ledger):
-                training.optimizer_step(session, 0)  # type: ignore[arg-type]
+                optimizer_step(session, 0)  # type: ignore[arg-type]
                 _name_states(engine, ledger)
                 ledger.collectives.clear()
                 ledger.host_copies.clear()
                 mark = counter.now
-                training.optimizer_step(session, 1)  # type: ignore[arg-type]
+                optimizer_step(session, 1)  # type: ignore[arg-type]
         calls, size = counter.since(mark)
         own = sum(getattr(p, "ds_tensor", p).numel() for p in model.parameters())
         result = Trace(
@@ -205,7 +207,7 @@ class _Batches:
     def _of(self, sequences: int, tokens: int) -> list[Any]:
         import torch
 
-        from ulysses_exp.data import MicroBatch
+        from ulysses_exp.rank.data import MicroBatch
 
         def numbers(*shape: int) -> torch.Tensor:
             return torch.empty(shape, dtype=torch.long)
@@ -224,15 +226,15 @@ class _Batches:
 
 
 def _evaluate(session: Any) -> None:
-    """The loss of one sequence as `stages.evaluate` computes it when it bypasses sequence parallelism."""
+    """The loss of one sequence as stage eval computes it when it bypasses sequence parallelism."""
     import torch
 
-    from ulysses_exp.stages import evaluate
+    from ulysses_exp.rank.evaluation import summed_loss
 
     (batch,) = session.batches.whole()
     session.engine.eval()
     with torch.no_grad():
-        evaluate.summed_loss(session, batch, bypass=True)
+        summed_loss(session, batch, bypass=True)
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from ulysses_exp.report import files, html, markdown, pictures, runs, table
 from ulysses_exp.report.page import Page, page
 from ulysses_exp.report.plain import line, plain
 from ulysses_exp.report.plain_table import PlainTable
-from ulysses_exp.tracking import Tracker
+from ulysses_exp.tracking.run import Tracker
 
 _ROWS_AT_ONCE, _ROWS = 60, 25  # a longer table is cut to so many rows on the terminal
 _TROUBLES = 30

@@ -22,6 +22,10 @@ class PlainTable(Table):
         super().add_row(*map(_text, cells), **options)
 
 
+#: What is shown below the facts: a table, if there is one, and remarks
+Shown = tuple[PlainTable | None, list[str]]
+
+
 def figures_table(first: str, *others: str) -> PlainTable:
     """An empty table with a column of names and columns of figures."""
     table = PlainTable(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold", show_edge=False)

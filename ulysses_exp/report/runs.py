@@ -12,11 +12,12 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
+from ulysses_exp.launch.run_folder import settled
 from ulysses_exp.layout import Layout
 from ulysses_exp.report import shape
 from ulysses_exp.report.files import MIB, Unreadable, read, read_json, read_yaml
 from ulysses_exp.report.plain import ends, line
-from ulysses_exp.run_folder import settled
+from ulysses_exp.report.results import results as results_of
 
 #: Folders of a run that hold no further run
 _INSIDE_A_RUN = {".hydra", "checkpoints", "ranks", "wandb", "profile", "compiled", "previous"}
@@ -209,7 +210,7 @@ def _read(folder: Path) -> Run:
     try:
         content = read_json(folder / "results.json", _RESULTS)
         if content is not None or (folder / "results.json").exists():
-            results = settled(shape.results(content, found), folder)
+            results = settled(results_of(content, found), folder)
     except Unreadable as error:
         damaged.append(f"results.json {error}")
     damaged += [f"results.json: {text.strip()}" for text in found.damaged[:_NOTES]]

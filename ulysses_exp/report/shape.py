@@ -40,7 +40,7 @@ def number(value: Any, where: str, found: Findings) -> float | int | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        found.wrong(where, f"is {_kind(value)}, not a number")
+        found.wrong(where, f"is {kind(value)}, not a number")
         return None
     if isinstance(value, float) and not math.isfinite(value):
         found.not_finite.append(where)
@@ -65,7 +65,7 @@ def whole(value: Any, where: str, found: Findings) -> int | None:
 def flag(value: Any, where: str, found: Findings) -> bool | None:
     """True or false."""
     if value is not None and not isinstance(value, bool):
-        found.wrong(where, f"is {_kind(value)}, not true or false")
+        found.wrong(where, f"is {kind(value)}, not true or false")
         return None
     return value
 
@@ -99,12 +99,12 @@ def series(value: Any, where: str, found: Findings) -> list[float] | None:
     if value is None:
         return None
     if not isinstance(value, list):
-        found.wrong(where, f"is {_kind(value)}, not a list")
+        found.wrong(where, f"is {kind(value)}, not a list")
         return None
     numbers = []
     for index, item in enumerate(value):
         if item is not None and (isinstance(item, bool) or not isinstance(item, (int, float))):
-            found.wrong(where, f"holds {_kind(item)} at place {index + 1}")
+            found.wrong(where, f"holds {kind(item)} at place {index + 1}")
             return None
         numbers.append(loss_of(item))
     return numbers
@@ -122,9 +122,9 @@ def fields(**readers: Reader) -> Reader:
         if value is None:
             return None
         if not isinstance(value, dict):
-            found.wrong(where, f"is {_kind(value)}, not a dictionary")
+            found.wrong(where, f"is {kind(value)}, not a dictionary")
             return None
-        read = {key: reader(value[key], _place(where, key), found) for key, reader in readers.items() if key in value}
+        read = {key: reader(value[key], place(where, key), found) for key, reader in readers.items() if key in value}
         return {key: item for key, item in read.items() if item is not None}
 
     return read
@@ -148,9 +148,9 @@ def named(reader: Reader, most: int) -> Reader:
         if value is None:
             return None
         if not isinstance(value, dict) or len(value) > most:
-            found.wrong(where, f"is {_kind(value)}, not a dictionary of up to {most} entries")
+            found.wrong(where, f"is {kind(value)}, not a dictionary of up to {most} entries")
             return None
-        items = {line(key, SHORT): reader(item, _place(where, line(key, SHORT)), found) for key, item in value.items()}
+        items = {line(key, SHORT): reader(item, place(where, line(key, SHORT)), found) for key, item in value.items()}
         return {key: item for key, item in items.items() if item is not None}
 
     return read
@@ -163,7 +163,7 @@ def each(reader: Reader, most: int) -> Reader:
         if value is None:
             return None
         if not isinstance(value, list) or len(value) > most:
-            found.wrong(where, f"is {_kind(value)}, not a list of up to {most} entries")
+            found.wrong(where, f"is {kind(value)}, not a list of up to {most} entries")
             return None
         items = [reader(item, f"{where}[{index}]", found) for index, item in enumerate(value)]
         return [item for item in items if item is not None]
@@ -173,93 +173,18 @@ def each(reader: Reader, most: int) -> Reader:
 
 def _text(value: Any, where: str, found: Findings, longest: int) -> str | None:
     if value is not None and not isinstance(value, str):
-        found.wrong(where, f"is {_kind(value)}, not a text")
+        found.wrong(where, f"is {kind(value)}, not a text")
         return None
     return None if value is None else line(value, longest)
 
 
-def _place(where: str, key: str) -> str:
+def place(where: str, key: str) -> str:
     return f"{where}.{key}" if where else key
 
 
-def _kind(value: Any) -> str:
+def kind(value: Any) -> str:
     """What people call the type."""
     kinds: tuple[tuple[Any, str], ...] = (
         (bool, "true or false"), (dict, "a dictionary"), (list, "a list"), (str, "a text"), ((int, float), "a number"),
     )  # fmt: skip
     return "null" if value is None else next(text for kind, text in kinds if isinstance(value, kind))
-
-
-_EVALUATED = fields(loss=number, all_to_all_calls=whole, tokens_per_second=number)
-_STAGES: dict[str, dict[str, Reader]] = {
-    "train": {
-        "loss": series,
-        "first_step": whole,
-        "tokens_per_second": number,
-        "step_time_s": fields(median=number, p90=number),
-        "step_split_s": named(number, 12),
-        "mfu": number,
-        "hfu": number,
-        "peak_memory_bytes": fields(max=number),
-        "communication": fields(all_to_all_bytes_per_step=number),
-        "max_seq_len": whole,
-    },
-    "eval": {"bypass": _EVALUATED, "sp": _EVALUATED, "max_abs_logit_diff": number},
-    "reload": {
-        "cells": each(
-            fields(
-                source=short, target=short, route=short, status=status, reason=reason, weights_bit_exact=flag,
-                optimizer_bit_exact=flag, seconds=number, continuation_max_abs_loss_diff=number,
-            ),
-            4096,
-        ),
-    },
-    "parity": {
-        "reference": short,
-        "max_rel_loss_diff": number,
-        "max_rel_grad_norm_diff": number,
-        "max_rel_weight_diff": number,
-        "tolerance": number,
-        "weight_tolerance": number,
-    },
-    "plan": {
-        "peak_memory_bytes_per_rank": named(number, 12),
-        "fits": flag,
-        "max_seq_len": whole,
-        "hardware": name,
-    },
-}  # fmt: skip
-
-
-def _stages(value: Any, where: str, found: Findings) -> dict[str, Any]:
-    """The entry of each stage; of one that has no figures here its status and reason."""
-    if not isinstance(value, dict) or len(value) > 40:
-        found.wrong(where, f"is {_kind(value)}, not a dictionary of stages")
-        return {}
-    stages = {}
-    for key, entry in value.items():
-        readers = {"status": status, "reason": reason, **_STAGES.get(key, {})}
-        of_stage = needed(fields(**readers))(entry, _place(where, line(key, NAME)), found)
-        if of_stage is not None:
-            stages[line(key, NAME)] = of_stage
-    return stages
-
-
-_RESULTS = fields(
-    status=needed(status),
-    error=reason,
-    started=number,
-    layout=needed(fields(sp=whole, dp=whole, zero=whole)),
-    model=needed(fields(name=name)),
-    stages=_stages,
-)
-
-
-def results(content: Any, found: Findings) -> dict[str, Any]:
-    """The content of results.json as views use it: `stages` is always there, each of its entries a dictionary."""
-    if not isinstance(content, dict):
-        found.wrong("", f"is {_kind(content)}, not a dictionary")
-        content = {}
-    elif "status" not in content:
-        found.wrong("", "says no status")
-    return {"stages": {}, **(_RESULTS(content, "", found) or {})}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import time
 from collections.abc import Mapping
@@ -14,17 +13,13 @@ from rich.console import Console, Group, RenderableType
 from rich.progress import BarColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 from rich.rule import Rule
-from rich.table import Table
 from rich.text import Text
 
-from ulysses_exp.report import plan
+from ulysses_exp.report import views
+from ulysses_exp.report.facts import STATUS_STYLE
 from ulysses_exp.report.plain import plain, plain_deep
-from ulysses_exp.report.plain_table import PlainTable, figures_table
-from ulysses_exp.report.units import of_bytes, of_count, of_difference, of_loss, of_seconds
-
-_STATUS_STYLE = {
-    "ok": "green", "failed": "bold red", "interrupted": "yellow", "skipped": "yellow", "running": "cyan",
-}  # fmt: skip
+from ulysses_exp.report.plain_table import PlainTable
+from ulysses_exp.report.units import of_bytes, of_count, of_loss
 
 
 class Progress:
@@ -154,7 +149,7 @@ def summary(results: dict[str, Any], folder: Path, console: Console, how_to_open
     status = str(results.get("status", "unfinished"))
     title = Text.assemble(
         (str(model.get("name", "?")), "bold"), "  ", (str(layout.get("name", "?")), "bold cyan"), "  ",
-        (status, _STATUS_STYLE.get(status, "")),
+        (status, STATUS_STYLE.get(status, "")),
     )  # fmt: skip
     console.print()
     console.print(Rule(title, align="left", style="dim", characters="─" if arrow == "→" else "-"))
@@ -175,18 +170,11 @@ def summary(results: dict[str, Any], folder: Path, console: Console, how_to_open
             device = stages["plan"].get("hardware", "?")
         facts.add_row("layout", f"{ranks} on {device}: sequences over {layout.get('sp')},"
                                 f" data over {layout.get('dp')}, ZeRO {layout.get('zero')}")  # fmt: skip
-    _train(facts, stages.get("train"), arrow)
-    _parity(facts, stages.get("parity"))
-    _plan(facts, stages.get("plan"))
-    for name in ("eval", "reload"):
-        if (stage := stages.get(name)) and stage.get("status") != "ok" and not stage.get("cells"):
-            _trouble(facts, name, stage)
+    for name, stage in stages.items():
+        for label, fact in views.facts(name, stage, arrow):
+            facts.add_row(label, fact)
     console.print(facts)
-    planned = stages.get("plan") or {}
-    shown: list[tuple[PlainTable | None, list[str]]] = []
-    if planned.get("status") == "ok":
-        shown = [(table, []) for table in plan.tables(planned)] + [(None, plan.remarks(planned))]
-    for table, remarks in (*shown, _evaluation(stages.get("eval")), _reload(stages.get("reload"), arrow)):
+    for table, remarks in (shown for name, stage in stages.items() for shown in views.tables(name, stage, arrow)):
         if table is not None or remarks:
             console.print()
         if table is not None:
@@ -202,141 +190,6 @@ def summary(results: dict[str, Any], folder: Path, console: Console, how_to_open
     ):
         if text:  # one line each, however long: a path that is cut cannot be copied
             console.print(Text.assemble((f"{label:<9}", "dim"), (str(text), style)), soft_wrap=True)
-
-
-def _trouble(facts: Table, name: str, stage: Mapping[str, Any]) -> None:
-    status = str(stage.get("status", "?"))
-    facts.add_row(
-        name, Text(f"{status}: {stage.get('reason', 'no reason given')}", style=_STATUS_STYLE.get(status, ""))
-    )
-
-
-def _train(facts: Table, stage: Mapping[str, Any] | None, arrow: str) -> None:
-    if not stage:
-        return
-    if stage.get("status") != "ok":
-        _trouble(facts, "train", stage)
-    if stage.get("already_at_step") is not None:
-        facts.add_row("train", f"already at step {stage['already_at_step']}")
-    loss = stage.get("loss") or []
-    if loss:
-        text = f"{of_loss(loss[0])} {arrow} {of_loss(loss[-1])} in {len(loss)} steps"
-        if stage.get("continued_from"):
-            text += f", continued at step {stage['continued_from']}"
-        facts.add_row("loss", text)
-        first = (stage.get("first_step") or 0) + 1
-        bad = [step for step, value in enumerate(loss, first) if value is None or not math.isfinite(value)]
-        if bad := stage.get("nonfinite_steps") or bad:  # also of the gradient norm
-            skipped = ", their updates skipped" if stage.get("skipped_steps") else ""
-            text = f"not finite at {len(bad)} of them, first at step {bad[0]}{skipped}"
-            facts.add_row("", Text(text, style="bold red"))
-    if changed := stage.get("changed"):
-        what = ", ".join(f"{key} {then} {arrow} {now}" for key, (then, now) in changed.items())
-        facts.add_row("resumed", Text(f"from step {stage.get('first_step')}, with {what}"))
-    if stage.get("tokens_per_second"):
-        speed = f"{of_count(stage['tokens_per_second'])} tokens/s"
-        if stage.get("mfu"):
-            speed += f", MFU {stage['mfu']:.1%}"
-        if stage.get("hfu"):
-            speed += f", HFU {stage['hfu']:.1%}"
-        facts.add_row("throughput", speed)
-    step = stage.get("step_time_s", {})
-    if step.get("median"):
-        facts.add_row("step time", f"{of_seconds(step['median'])} median, {of_seconds(step.get('p90'))} p90")
-    if split := stage.get("step_split_s"):
-        whole = sum(split.values()) or 1.0
-        parts = ", ".join(f"{name} {seconds / whole:.0%}" for name, seconds in split.items())
-        facts.add_row("of a step", f"{parts} (profiled)")
-    if stage.get("max_seq_len"):
-        limit = stage.get("memory_limit_bytes")
-        where = f" in {of_bytes(limit)} a rank" if limit else ""
-        facts.add_row(
-            "longest", f"{stage['max_seq_len']:,} tokens train{where}, {stage['shortest_failed']:,} are out of memory"
-        )
-    memory = stage.get("peak_memory_bytes", {})
-    if memory.get("max"):
-        ranks = len(memory.get("per_rank") or [1])
-        facts.add_row("peak memory", of_bytes(memory["max"]) + (f", worst of {ranks} ranks" if ranks > 1 else ""))
-    exchange = stage.get("communication", {})
-    if exchange.get("all_to_all_calls_per_step"):
-        facts.add_row(
-            "all-to-all",
-            f"{of_count(exchange['all_to_all_calls_per_step'])} calls,"
-            f" {of_bytes(exchange.get('all_to_all_bytes_per_step'))} a step",
-        )
-    if stage.get("weights_identical_across_ranks") is False:
-        facts.add_row("weights", Text("differ between ranks", style="bold red"))
-
-
-def _parity(facts: Table, stage: Mapping[str, Any] | None) -> None:
-    if not stage:
-        return
-    if "max_rel_loss_diff" in stage:
-        facts.add_row(
-            "parity",
-            f"against {stage.get('reference')}, relative: loss {of_difference(stage['max_rel_loss_diff'])},"
-            f" gradient norm {of_difference(stage.get('max_rel_grad_norm_diff'))},"
-            f" weights {of_difference(stage.get('max_rel_weight_diff'))}",
-        )
-    if stage.get("status") != "ok":
-        _trouble(facts, "parity", stage)
-
-
-def _plan(facts: Table, stage: Mapping[str, Any] | None) -> None:
-    if not stage:
-        return
-    if stage.get("status") != "ok":
-        _trouble(facts, "plan", stage)
-        return
-    for label, text in plan.facts(stage):
-        facts.add_row(label, text)
-
-
-def _evaluation(stage: Mapping[str, Any] | None) -> tuple[PlainTable | None, list[str]]:
-    modes = [mode for mode in ("bypass", "sp") if stage and stage.get(mode)]
-    if not stage or not modes:
-        return None, []
-    table = figures_table("eval", "loss", "perplexity", "all-to-all", "tokens/s")
-    for mode in modes:
-        row = stage[mode]
-        table.add_row(
-            mode,
-            of_loss(row.get("loss")),
-            of_count(row.get("perplexity")),
-            of_count(row.get("all_to_all_calls")),
-            of_count(row.get("tokens_per_second")),
-        )
-    if stage.get("max_abs_logit_diff") is None:
-        return table, []
-    return table, [f"largest difference of a logit: {of_difference(stage['max_abs_logit_diff'])}"]
-
-
-def _reload(stage: Mapping[str, Any] | None, arrow: str) -> tuple[PlainTable | None, list[str]]:
-    cells = (stage or {}).get("cells") or []
-    if not cells:
-        return None, []
-    table = figures_table(f"reload {arrow}", "route", "weights", "optimizer", "continuation", "time")
-    reasons = []
-    for cell in cells:
-        ok = cell.get("status") == "ok"
-        if not ok:
-            reasons.append(f"{cell.get('target')} by {cell.get('route')}: {cell.get('reason') or cell.get('status')}")
-        table.add_row(
-            str(cell.get("target")),
-            str(cell.get("route")),
-            _exact(cell.get("weights_bit_exact")) if ok else Text("failed", style="bold red"),
-            _exact(cell.get("optimizer_bit_exact")) if ok else "",
-            of_difference(cell.get("continuation_max_abs_loss_diff")) if ok else "",
-            of_seconds(cell.get("seconds")),
-        )
-    sources = sorted({str(cell.get("source")) for cell in cells})
-    return table, [f"saved at {', '.join(sources)}; continuation: loss difference to the run that went on", *reasons]
-
-
-def _exact(value: bool | None) -> Text:
-    if value is None:
-        return Text("-")
-    return Text("bit-exact", style="green") if value else Text("differs", style="bold red")
 
 
 def _path(folder: Path) -> str:

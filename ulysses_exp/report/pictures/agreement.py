@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from matplotlib.colors import to_rgba
 from matplotlib.ticker import FuncFormatter
 
@@ -86,7 +88,7 @@ def _difference(run: Run) -> float | None:
     return None if bypass is None or sp is None else abs(bypass - sp)
 
 
-def _worst(group: Group, value) -> float | None:
+def _worst(group: Group, value: Callable[[Run], float | None]) -> float | None:
     return max((found for run in group.runs if (found := value(run)) is not None), default=None)
 
 

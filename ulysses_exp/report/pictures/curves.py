@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -77,7 +78,7 @@ def _lines(groups: list[list[Run]]) -> Figure:
     return canvas
 
 
-def _curve(axes: Axes, run: Run, label: str, style: dict) -> None:
+def _curve(axes: Axes, run: Run, label: str, style: dict[str, Any]) -> None:
     """A run's losses; a cross where they stop being finite."""
     if run.diverged:
         label += f", not finite from step {run.diverged[0]:,}"

@@ -94,7 +94,7 @@ def _grade_of_pair(cells: list[dict[str, Any]]) -> int:
     return max(grades) if max(grades) > 1 else min(grades)
 
 
-def _layout_order(name: str) -> tuple:
+def _layout_order(name: str) -> tuple[Any, ...]:
     try:
         layout = Layout.parse(name)
     except ValueError:

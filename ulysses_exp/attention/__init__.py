@@ -1,7 +1,0 @@
-"""Ulysses sequence parallelism on Hugging Face models: registration, exchange, documents."""
-
-from ulysses_exp.attention.exchange import all_to_all_bytes
-from ulysses_exp.attention.handle import Ulysses
-from ulysses_exp.attention.registration import ulysses
-
-__all__ = ["Ulysses", "all_to_all_bytes", "ulysses"]

@@ -1,0 +1,32 @@
+"""What of this machine decides how a job can run, found without importing torch."""
+
+from __future__ import annotations
+
+import glob
+import os
+
+from ulysses_exp.config.schema import Config
+
+
+def accelerators() -> int:
+    """GPUs that a job may use, without importing torch: device files, narrowed by CUDA_VISIBLE_DEVICES."""
+    present = len([p for p in glob.glob("/dev/nvidia[0-9]*") if p.removeprefix("/dev/nvidia").isdigit()])
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None or present == 0:
+        return present
+    chosen = [d for d in visible.split(",") if d.strip() and d.strip() != "-1"]
+    return min(present, len(chosen))
+
+
+def attached_ranks() -> int | None:
+    """How many ranks torchrun or srun says that it has started; None where it says nothing."""
+    names = (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS"))
+    said = next((os.environ.get(world, "") for rank, world in names if rank in os.environ), "")
+    return int(said) if said.isdecimal() else None
+
+
+def device_of(config: Config) -> str:
+    """What `device=auto` means on this machine: `cuda` or `cpu`."""
+    if config.device != "auto":
+        return config.device
+    return "cuda" if accelerators() else "cpu"

@@ -1,0 +1,1 @@
+"""A job and a sweep, in the parent process."""

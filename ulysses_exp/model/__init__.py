@@ -1,0 +1,1 @@
+"""A model under sequence parallelism: how it is built, its attention, its memory savers."""

@@ -1,0 +1,1 @@
+"""One rank: process group, session, engine, and what it works with."""

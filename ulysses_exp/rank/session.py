@@ -1,0 +1,137 @@
+"""What a stage works with on one rank: the engine, its attention, the data, the counters."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+
+from ulysses_exp.config import Config, device_of, lineage
+from ulysses_exp.launch import strict_json
+from ulysses_exp.launch.output_trouble import told
+from ulysses_exp.launch.task import Task
+from ulysses_exp.layout import Layout
+from ulysses_exp.model import build as models
+from ulysses_exp.model import memory as memory_savers
+from ulysses_exp.model.attention import Ulysses, ulysses
+from ulysses_exp.model.compiled import compile_layers
+from ulysses_exp.rank import checkpoints
+from ulysses_exp.rank.data import Batches, Corpus, load_corpus
+from ulysses_exp.rank.engine import build_engine
+from ulysses_exp.rank.metrics.communication import AllToAllCounter
+
+
+@dataclass
+class Session:
+    """One rank's part of a job. `step` counts optimizer steps that the engine has made."""
+
+    task: Task
+    rank: int
+    device: torch.device
+    engine: deepspeed.DeepSpeedEngine
+    attention: Ulysses
+    corpus: Corpus
+    batches: Batches
+    all_to_alls: AllToAllCounter
+    model: dict[str, Any]  # the `model` entry of results.json
+    step: int = 0
+    changed: dict[str, list[Any]] | None = None  # settings that differ from the checkpoint's: [then, now]
+
+    @property
+    def config(self) -> Config:
+        return self.task.config
+
+    @property
+    def layout(self) -> Layout:
+        return self.task.layout
+
+    def to_device(self, tensor: torch.Tensor) -> torch.Tensor:
+        """From host memory to this rank's device, without waiting for the copy."""
+        if self.device.type == "cpu":
+            return tensor
+        return tensor.pin_memory().to(self.device, non_blocking=True)
+
+    def log(self, step: int, metrics: Mapping[str, float | None]) -> None:
+        """A line of metrics.jsonl, written now. Rank 0 only; the parent shows it and hands it to the tracker."""
+        if self.rank == 0:
+            path = self.task.folder / "metrics.jsonl"
+            with told(path), path.open("a") as file:
+                file.write(strict_json.dumps({"step": step, **metrics}) + "\n")
+
+    def sync_log(self) -> None:
+        """Brings metrics.jsonl to disk. Rank 0 only."""
+        if self.rank == 0:
+            path = self.task.folder / "metrics.jsonl"
+            with told(path), path.open("a") as file:
+                os.fsync(file.fileno())
+
+    def resume(self, training: bool = False) -> None:
+        """Loads the checkpoint that the task starts from, unless it names none or something is loaded or trained.
+
+        Raises:
+            ConfigError: `training` would go on with other data than the checkpoint's, unasked.
+        """
+        source = self.task.options.get("checkpoint")
+        if source is None or self.step:
+            return
+        trust = self.task.options.get("trust_pickle", self.config.checkpoint.trust_pickle)
+        loaded = checkpoints.load(self.engine, Path(source), layout=self.layout, trust_pickle=trust)
+        self.step = loaded.step
+        self.changed = lineage.changed(loaded.state, self.config)
+        if training:
+            chosen = bool(self.task.options.get("data_chosen"))
+            lineage.check_data(loaded.state, self.config, self.corpus.sha256, chosen)
+
+    def describe(self) -> dict[str, Any]:
+        """What results.json says of model and machine."""
+        device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
+        return {
+            "model": self.model,
+            "device": device,
+            "data": {"name": self.corpus.name, "sha256": self.corpus.sha256},
+            "threads_per_rank": torch.get_num_threads(),
+        }
+
+
+@contextlib.contextmanager
+def open_session(task: Task, rank: int) -> Iterator[Session]:
+    """Builds what `task` needs on this rank and takes it down again. Collective over the ranks of the task."""
+    config = task.config
+    device = torch.device("cuda", torch.cuda.current_device()) if device_of(config) == "cuda" else torch.device("cpu")
+    with contextlib.ExitStack() as stack:
+        all_to_alls = stack.enter_context(AllToAllCounter())
+        model = models.build(config, task.options.get("model_seed"), rank)
+        description = models.describe(config, model.config, sum(p.numel() for p in model.parameters()))
+        corpus = load_corpus(config, model.config.get_text_config().vocab_size)
+        memory_savers.apply(model, config.memory)
+        if config.train.compile:
+            compile_layers(model, task.folder / "compiled")
+        attention = stack.enter_context(
+            ulysses(
+                model,
+                sp=config.sp.size,
+                attention=config.sp.attention,
+                exchange=config.sp.exchange,
+                micro_batch_size=config.train.micro_batch_size,
+                disable_in_eval=True,
+            )
+        )
+        engine = build_engine(config, model, attention.mpu)
+        stack.callback(engine.destroy)
+        yield Session(
+            task=task,
+            rank=rank,
+            device=device,
+            engine=engine,
+            attention=attention,
+            corpus=corpus,
+            batches=Batches(config, corpus, rank),
+            all_to_alls=all_to_alls,
+            model=description,
+        )

@@ -1,0 +1,108 @@
+"""One rank: process group, session, work, results."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import traceback
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+
+from ulysses_exp.config import device_of, stages
+from ulysses_exp.config.redaction import redacted
+from ulysses_exp.launch import failure, heartbeat, strict_json
+from ulysses_exp.launch.stopping import Stopped
+from ulysses_exp.launch.task import Task
+from ulysses_exp.model.attention import upstream
+from ulysses_exp.rank.memory_limit import held, limited
+from ulysses_exp.rank.session import Session, open_session
+
+
+def run(task: Task, rank: int, store: dist.Store) -> None:
+    """Does `task` as `rank`; the ranks meet through `store`. An error is left for the parent, then raised.
+
+    After an error nothing is taken down: others may be gone, and taking down would wait for them.
+    """
+    torch.set_num_threads(_threads())
+    with contextlib.ExitStack() as built:
+        try:
+            heartbeat.beat("connecting")
+            built.enter_context(_process_group(task, rank, store))
+            heartbeat.beat("building")
+            session = built.enter_context(_session(task, rank))
+            if rank == 0:
+                _leave(task.results / "session.json", session.describe())
+            for work in task.work:
+                part = stages.work(work)
+                heartbeat.beat(part.doing)
+                result = stages.resolve(part.function)(session)
+                if rank == 0:
+                    _leave(task.results / f"{work}.json", result)
+                if part.needed and result["status"] != "ok":
+                    break  # there is nothing to evaluate or to continue
+            heartbeat.beat("ending")
+        except Stopped as stopped:
+            if rank == 0:
+                _leave(task.results / "stopped.json", {"checkpoint": stopped.checkpoint, "step": stopped.step})
+        except BaseException as error:
+            failure.record(task.results, rank, error)
+            _left_standing.append(built.pop_all())
+            trace = "".join(traceback.format_exception(error))
+            if redacted(trace) != trace:  # whoever started this rank would write the error down as it is
+                raise RuntimeError(f"see {task.results / f'error-rank{rank}.json'}") from None
+            raise
+
+
+_left_standing: list[contextlib.ExitStack] = []  # collected, they would be taken down
+
+
+@contextlib.contextmanager
+def _session(task: Task, rank: int) -> Iterator[Session]:
+    """The session, in no more memory than `options["memory_bytes"]` where the task has that."""
+    before = held()
+    with open_session(task, rank) as session:
+        if (budget := task.options.get("memory_bytes")) is None:
+            yield session
+        else:
+            with limited(session.device, budget, before):
+                yield session
+
+
+def _threads() -> int:
+    """Ranks share the cores: one thread each unless the environment says otherwise."""
+    return int(os.environ.get("OMP_NUM_THREADS", "1"))
+
+
+@contextlib.contextmanager
+def _process_group(task: Task, rank: int, store: dist.Store) -> Iterator[None]:
+    device = device_of(task.config)
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    timeout = timedelta(seconds=task.config.launch.timeout_s)
+    store.set_timeout(timeout)
+    # DeepSpeed would build and use its shared-memory all-reduce: files in /dev/shm that stay (docs/findings.md)
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    dist.init_process_group(
+        "nccl" if device == "cuda" else "gloo",
+        store=store,
+        rank=rank,
+        world_size=task.layout.world,
+        timeout=timeout,
+    )
+    deepspeed.init_distributed(dist_backend="nccl" if device == "cuda" else "gloo", auto_mpi_discovery=False)
+    with upstream.group_timeout(timeout):
+        yield
+    dist.destroy_process_group()
+
+
+def _leave(path: Path, result: dict[str, Any]) -> None:
+    """Writes `result` so that a reader sees all of it or nothing."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(strict_json.dumps(result))
+    temporary.replace(path)
