@@ -126,7 +126,7 @@ class Jobs:
 
     def names(self) -> list[str]:
         with suppress(OSError):
-            return [entry.name for entry in os.scandir(self.folder) if entry.is_dir() and not entry.name.startswith(".")]
+            return [e.name for e in os.scandir(self.folder) if e.is_dir() and not e.name.startswith(".")]
         return []
 
     def results(self, job: str) -> dict[str, Any]:

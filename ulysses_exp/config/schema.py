@@ -83,7 +83,7 @@ class MemoryConfig:
     tiled_mlp: int = 0  # tiles along the sequence, 0: off, -1: of 4,096 tokens each (four at least)
     tiled_loss: int = 0  # the same
     loss_in_place: bool = True  # the loss's gradient takes the place of the logits, which are then in memory once
-    expandable_segments: bool = False  # CUDA: the allocator grows its segments, so less is lost to fragments
+    expandable_segments: bool = True  # CUDA: the allocator grows its segments, so less is lost to fragments
 
 
 @dataclass
@@ -162,6 +162,7 @@ class TrackerConfig:
 @dataclass
 class LaunchConfig:
     name: str = MISSING
+    start: str = "fork"  # ranks as forks of a process that has imported what they need; spawn: each imports it itself
     timeout_s: int = 600  # ranks that neither compute nor give a sign of life for longer end the job
     cluster: str = "slurm"  # submitit's: slurm, or local to try a submission on this machine
     partition: str | None = None

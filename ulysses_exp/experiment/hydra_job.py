@@ -92,7 +92,7 @@ def _launch(
 
     model_check.close()
     if config.launch.name == "local":
-        warm_up(device_of(config))  # the ranks' imports run beside ours
+        warm_up(device_of(config), config.launch.start)  # the ranks' imports run beside ours
     from ulysses_exp.experiment import job
     from ulysses_exp.launch import open_ranks
 

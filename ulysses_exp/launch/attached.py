@@ -226,7 +226,7 @@ def _next(store: Any, number: int, timeout_s: int) -> bytes:
 def _take_part(store: Any, number: int, task: Task, place: Seat) -> dict[str, Any] | None:
     """Does this rank's part of `task` in a fork. Returns None, or its failure."""
     try:
-        supervise(task, {place.rank: server().fork(_rank, task, place, number)})
+        supervise(task, {place.rank: server(task.config.launch.start).fork(_rank, task, place, number)})
     except RankFailure as failure:
         return _as_json(failure)
     except ServerEnded as ended:

@@ -18,8 +18,10 @@ def prepare(device: str) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # ranks share the cores
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    if device == "cpu":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # torch's other way to look for GPUs leaves a process whose forks cannot use them
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
+    if device != "auto":  # DeepSpeed would look itself, in every process that imports it
+        os.environ.setdefault("DS_ACCELERATOR", device)
     make_importable()
 
 

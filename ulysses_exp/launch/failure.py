@@ -20,7 +20,11 @@ _TIMEOUT = ("timed out", "timeout")
 
 _LAST_WORDS = "ulysses-exp: "  # what follows, in a rank's stderr, is its error
 
-_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "std::bad_alloc")
+#: Of Python, the system, CUDA, cuBLAS, cuDNN and NCCL
+_OUT_OF_MEMORY = (
+    "out of memory", "can't allocate memory", "cannot allocate memory", "std::bad_alloc", "cudaerrormemoryallocation",
+    "cublas_status_alloc_failed", "cudnn_status_alloc_failed", "failed to cuda calloc", "failed to cuda malloc",
+)  # fmt: skip
 
 
 def _says_out_of_memory(text: str) -> bool:

@@ -28,12 +28,13 @@ class LocalRanks:
     def run(self, task: Task) -> None:
         """Runs `task`. Raises RankFailure, KeyboardInterrupt."""
         prepare(task)
-        warm_up(device_of(task.config))
+        start = task.config.launch.start
+        warm_up(device_of(task.config), start)
         meeting, world = task.results / "meeting", task.layout.world
         forks: dict[int, Fork] = {}
         try:
             for rank in range(world):
-                forks[rank] = server().fork(_rank, task, rank, meeting)
+                forks[rank] = server(start).fork(_rank, task, rank, meeting)
         except ServerEnded as ended:
             raise RankFailure(None, str(ended)) from None
         try:
@@ -45,11 +46,11 @@ class LocalRanks:
         """The server ends with this process."""
 
 
-def warm_up(device: str) -> None:
+def warm_up(device: str, start: str = "fork") -> None:
     """Starts the server, which imports what ranks need while this process goes on. Does nothing the second time."""
     prepare_environment(device)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # nothing listens beyond this machine
-    server()
+    server(start)
 
 
 def _rank(task: Task, rank: int, meeting: Path) -> None:

@@ -171,15 +171,19 @@ def _children(pid: int) -> list[int]:
         return []
 
 
-_server: Server | None = None
+_servers: dict[str, Server] = {}
 
 
-def server() -> Server:
-    """The server of this process; started by the first call, and again where it has ended."""
-    global _server
-    if _server is None or not _server.alive:
-        _server = Server()
-    return _server
+def server(start: str = "fork") -> Server:
+    """The server of this process; started by the first call, and again where it has ended.
+
+    Args:
+        start: `fork`: forks have what ranks need; `spawn`: they import it themselves, for seconds each.
+    """
+    module = PRELOAD if start == "fork" else __name__
+    if module not in _servers or not _servers[module].alive:
+        _servers[module] = Server(module)
+    return _servers[module]
 
 
 # -- in the server --------------------------------------------------------------------------------------------

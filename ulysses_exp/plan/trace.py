@@ -87,6 +87,7 @@ def trace(request: Request) -> Trace:
     from ulysses_exp.rank import engine as engines
     from ulysses_exp.rank.metrics.communication import AllToAllCounter
     from ulysses_exp.rank.step import optimizer_step
+    from ulysses_exp.rank.upstream import without_operators_of_its_own
 
     os.environ.update(RANK="0", LOCAL_RANK="0")  # DeepSpeed asks for them
     config = shortened(request.config, request.layers)
@@ -97,7 +98,7 @@ def trace(request: Request) -> Trace:
         device = torch.device(planned_device.NAME, 0)
     else:
         set_accelerator(CPU_Accelerator())
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    without_operators_of_its_own()
     backend = f"cpu:fake,{planned_device.NAME}:fake" if request.gpu else "fake"
     dist.init_process_group(backend, store=FakeStore(), rank=0, world_size=layout.world)
     with contextlib.ExitStack() as stack:

@@ -18,6 +18,7 @@ import ulysses_exp.rank.metrics.collectives
 import ulysses_exp.rank.worker
 from ulysses_exp.config import stages
 from ulysses_exp.launch.environment import remove_empty_cache
+from ulysses_exp.rank.upstream import without_operators_of_its_own
 
 for name in stages.OWN:  # what other packages bring is imported by ranks: it may do more than it says
     for work in stages.stage(name).work.values():
@@ -32,8 +33,7 @@ try:
 finally:
     torch.compile = compiled
 
-# Asking for the table of operators probes them all, with a C compiler: once here, not once a rank.
-deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # see worker.py
+without_operators_of_its_own()
 
 remove_empty_cache()
 

@@ -100,8 +100,9 @@ def make_step(session: Session, step: int) -> _Pending:
     batches = session.batches.step(step)
     input_seconds = time.perf_counter() - began
 
-    counts = torch.tensor(
-        [sum(batch.global_targets for batch in batches), sum(batch.global_tokens for batch in batches)], device=device
+    # by way of `to_device`: made on the device, it would wait for the step before
+    counts = session.to_device(
+        torch.tensor([sum(batch.global_targets for batch in batches), sum(batch.global_tokens for batch in batches)])
     )
     if layout.dp > 1:  # the ranks of a group have counted the same sequences
         counts *= int(layout.sp_rank(session.rank) == 0)

@@ -22,6 +22,7 @@ from ulysses_exp.launch.task import Task
 from ulysses_exp.model.attention import upstream
 from ulysses_exp.rank.memory_limit import held, limited
 from ulysses_exp.rank.session import Session, open_session
+from ulysses_exp.rank.upstream import without_operators_of_its_own
 
 
 def run(task: Task, rank: int, store: dist.Store) -> None:
@@ -83,17 +84,21 @@ def _threads() -> int:
 def _process_group(task: Task, rank: int, store: dist.Store) -> Iterator[None]:
     device = device_of(task.config)
     if device == "cuda":
+        if task.config.memory.expandable_segments:  # read when CUDA starts, which it has not in this process
+            os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     timeout = timedelta(seconds=task.config.launch.timeout_s)
     store.set_timeout(timeout)
-    # DeepSpeed would build and use its shared-memory all-reduce: files in /dev/shm that stay (docs/findings.md)
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    without_operators_of_its_own()
     dist.init_process_group(
-        "nccl" if device == "cuda" else "gloo",
+        # objects and barriers of checkpoints go between hosts, tensors between GPUs
+        "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo",
         store=store,
         rank=rank,
         world_size=task.layout.world,
         timeout=timeout,
+        # NCCL connects now, not in the first collective, and a barrier need not guess the device
+        device_id=torch.device("cuda", torch.cuda.current_device()) if device == "cuda" else None,
     )
     deepspeed.init_distributed(dist_backend="nccl" if device == "cuda" else "gloo", auto_mpi_discovery=False)
     with upstream.group_timeout(timeout):

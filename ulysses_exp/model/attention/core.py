@@ -46,14 +46,15 @@ def sdpa(
         return _causal(q, k, v, scaling, dropout)
 
     def row(q: Tensor, k: Tensor, v: Tensor, segments: Row) -> Tensor:
+        # split, not sliced: the gradient of a slice is a tensor of the whole length, of a split one for all its parts
+        sizes = [s.stop - s.start for s in segments]
         parts = []
-        for s in segments:
-            part = slice(s.start, s.stop)
+        for s, *part in zip(segments, *(x.split(sizes, dim=2) for x in (q, k, v)), strict=True):
             if s.padding:
                 batch, heads, _, _ = q.shape
                 parts.append(q.new_zeros(batch, s.stop - s.start, heads, v.shape[-1]))
             else:
-                parts.append(causal(q[:, :, part], k[:, :, part], v[:, :, part]))
+                parts.append(causal(*part))
         return torch.cat(parts, dim=1)
 
     if documents.rows is None:

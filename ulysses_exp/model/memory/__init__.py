@@ -25,15 +25,11 @@ def apply(model: PreTrainedModel, memory: MemoryConfig) -> None:
     Raises:
         ConfigError: the model has not what an option works on.
     """
-    import torch
-
     from ulysses_exp.model.memory.checkpointing import checkpoint_layers
     from ulysses_exp.model.memory.loss_in_place import take_loss_in_place
     from ulysses_exp.model.memory.tiled_loss import tile_loss
     from ulysses_exp.model.memory.tiled_mlp import tile_mlps
 
-    if memory.expandable_segments and torch.cuda.is_available():
-        torch.cuda.memory._set_allocator_settings("expandable_segments:True")
     if memory.loss_in_place:
         take_loss_in_place(model)
     if memory.tiled_mlp:

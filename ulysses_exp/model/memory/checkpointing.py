@@ -15,6 +15,5 @@ def checkpoint_layers(model: PreTrainedModel, *, reentrant: bool, offload: bool)
             on the compute stream. On CPU they are in host memory already and nothing changes (transformers 5.23.0
             would ask for pinned memory that a machine without accelerator does not have: docs/findings.md).
     """
-    model.activation_checkpointing_enable(
-        {"use_reentrant": reentrant}, offload=offload and torch.accelerator.is_available()
-    )
+    how = {"use_reentrant": reentrant, "preserve_rng_state": False}  # nothing draws: dropout is refused
+    model.activation_checkpointing_enable(how, offload=offload and torch.accelerator.is_available())

@@ -56,7 +56,7 @@ def _tiled(
 
         chunks = x.chunk(tiles_of(tiles, x.shape[-2]), dim=-2)
         with gradients.first_pass():
-            parts = [checkpoint(tile_forward, tile, use_reentrant=False) for tile in chunks]
+            parts = [checkpoint(tile_forward, tile, use_reentrant=False, preserve_rng_state=False) for tile in chunks]
         return torch.cat(parts, dim=-2)
 
     return tiled_forward

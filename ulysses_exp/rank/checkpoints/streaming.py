@@ -104,7 +104,7 @@ def write(shards: list[Shard], fragments: list[Fragment], files: Files) -> dict[
 
 def communication_device() -> torch.device:
     """Where tensors have to lie to be sent: the accelerator under NCCL, host memory under gloo."""
-    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device()) if "nccl" in dist.get_backend() else torch.device("cpu")
 
 
 def _on_this_machine() -> list[bool]:

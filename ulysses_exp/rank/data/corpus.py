@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,12 @@ class Corpus:
     eval: np.ndarray
     tokenizer: Any = None  # transformers', for the export; None where bytes are tokens
 
-    @property
+    @cached_property
     def sha256(self) -> str:
-        return hashlib.sha256(self.train.tobytes() + self.eval.tobytes()).hexdigest()[:16]
+        digest = hashlib.sha256()
+        for part in (self.train, self.eval):
+            digest.update(np.ascontiguousarray(part).data)
+        return digest.hexdigest()[:16]
 
 
 def python_reference() -> str:

@@ -19,7 +19,8 @@ def trajectory(session: Session) -> dict[str, Any]:
         result = optimizer_step(session, step)
         losses.append(result.loss)
         norms.append(result.grad_norm)
-        weights = {name: tensor.clone() for name, tensor in checkpoints.full_weights(session.engine)}
+        whole = checkpoints.full_weights(session.engine)
+        weights = {name: tensor.clone() for name, tensor in whole if session.rank == 0}
         if session.rank == 0:
             save_file(weights, session.task.results / f"weights{step + 1}.safetensors")
     return {"loss": losses, "grad_norm": norms}
