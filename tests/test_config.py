@@ -115,7 +115,7 @@ def composed(*overrides: str):
     return resolve(compose(list(overrides))[0])
 
 
-GROUPS = ("data", "experiment", "launch", "memory", "model", "optim", "zero")
+GROUPS = ("data", "eval", "experiment", "launch", "memory", "model", "optim", "sp", "zero")
 CHOICES = [(group, path.stem) for group in GROUPS for path in sorted((CONF / group).glob("*.yaml"))]
 
 
@@ -172,3 +172,18 @@ def test_the_reference_of_parity_is_one_process_without_savers_that_compute_othe
     assert not (reference.memory.tiled_loss or reference.memory.tiled_mlp or reference.memory.loss_in_place)
     assert reference.memory.checkpointing == config.memory.checkpointing
     assert reference.train.global_batch_size == config.train.global_batch_size
+
+
+def test_deepspeeds_own_keys():
+    """Those that move bytes and time are passed on; those that would change the numbers are told where to be set."""
+    zero = "+deepspeed.zero_optimization."
+    found = composed(f"{zero}overlap_comm=true", f"{zero}sub_group_size=1000")
+    assert found.deepspeed == {"zero_optimization": {"overlap_comm": True, "sub_group_size": 1000}}
+    for override, said in (
+        ("+deepspeed.gradient_clipping=1", r"\.gradient_clipping: is not for a job to set; set optim\.grad_clip"),
+        ("+deepspeed.zero_optimization.stage=1", r"deepspeed\.zero_optimization\.stage: .*; set zero\.stage"),
+        ("+deepspeed.zero_optimization.overlap_com=true", r"did you mean zero_optimization\.overlap_comm\?"),
+        ("+deepspeed.zero_optimization.overlap_comm=3", r"overlap_comm: '3' is no value of it; set true or false"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            composed(override)

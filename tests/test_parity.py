@@ -47,3 +47,20 @@ def test_a_wrong_gradient_scale_is_noticed(harness, tmp_path):
     runs = tuple(json.loads((f / "trajectory.json").read_text()) for f in folders)
     result = parity.compare(config, *folders, runs)
     assert result["status"] == "failed" and result["first_difference"]["step"] == 1
+
+
+@pytest.mark.parametrize("layout", [parity.Layout(2, 2, 1), parity.Layout(2, 1, 2), parity.Layout(2, 1, 3)], ids=str)
+def test_deepspeeds_own_keys_change_no_number(harness, layout):
+    """Buckets that fill many times, reduced beside the backward where DeepSpeed does that."""
+    import json
+
+    zero = {"reduce_bucket_size": 5_000, "allgather_bucket_size": 5_000, "overlap_comm": True}
+    config = parity.configuration("gqa", "sgd", layout)
+    config.deepspeed = {
+        "zero_optimization": zero | ({"stage3_prefetch_bucket_size": 1_000} if layout.zero == 3 else {})
+    }
+    reference = harness._trajectory("control", parity.configuration("gqa", "sgd", parity.REFERENCE))
+    ours = harness._trajectory("own-keys", config)
+    runs = tuple(json.loads((folder / "trajectory.json").read_text()) for folder in (reference, ours))
+    result = parity.compare(config, reference, ours, runs)
+    assert result["status"] == "ok" and parity.largest(result) <= 1e-6, result.get("reason")

@@ -101,6 +101,12 @@ def test_every_stage_has_what_it_names():
     assert len(set(works)) == len(works), "a task could not tell them apart"
 
 
+def test_the_documented_stage_is_the_one_that_is_tested():
+    text = (ROOT / "docs/architecture.md").read_text()
+    for path in (ROOT / "docs/probe/pyproject.toml", ROOT / "docs/probe/probe_stage.py"):
+        assert path.read_text() in text, f"docs/architecture.md shows another {path.name}"
+
+
 def test_the_readme_knows_every_stage():
     text = (ROOT / "README.md").read_text()
     for stage in map(stages.stage, stages.OWN):

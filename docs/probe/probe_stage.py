@@ -25,7 +25,9 @@ def count(session):
 
 
 def facts(result, arrow):
-    """Its row in the summary."""
+    """Its row in the summary, also of a job in which it failed."""
+    if result["status"] != "ok":
+        return [("probe", f"{result['status']}: {result.get('reason')}")]
     return [("probe", " and ".join(f"{n:,}" for n in result["parameters"]) + " parameters on the ranks")]
 
 

@@ -11,7 +11,7 @@ from dataclasses import asdict, replace
 
 from omegaconf import DictConfig
 
-from ulysses_exp.config import bounds, model_rules, redaction, stages
+from ulysses_exp.config import bounds, deepspeed_rules, model_rules, redaction, stages
 from ulysses_exp.config.architecture import check_objective, text_architecture
 from ulysses_exp.config.errors import ConfigError, nearest
 from ulysses_exp.config.keys import typed
@@ -57,6 +57,7 @@ def check(config: Config) -> None:
         raise ConfigError("zero.offload_optimizer", "stage 0 shards no optimizer states", "set zero.stage to 1, 2 or 3")
     if c.zero.offload_parameters and c.zero.stage != 3:
         raise ConfigError("zero.offload_parameters", f"stage {c.zero.stage} shards no weights", "set zero.stage=3")
+    deepspeed_rules.check(c)
     _choice("data.name", c.data.name, DATA)
     _choice("optim.name", c.optim.name, ("adamw", "sgd"))
     _choice("launch.name", c.launch.name, ("local", "attached", "slurm"))

@@ -203,6 +203,7 @@ class Config:
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)
     optimize: OptimizeConfig = field(default_factory=OptimizeConfig)
+    deepspeed: dict[str, Any] = field(default_factory=dict)  # its own keys (config/deepspeed_rules.py says which)
     device: str = "auto"
     seed: int = 0
 

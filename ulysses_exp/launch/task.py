@@ -15,7 +15,7 @@ from ulysses_exp.layout import Layout
 
 @dataclass(frozen=True)
 class Task:
-    """`work` names functions of `ulysses_exp.rank.worker.WORK`, run in this order in one session at `config.layout`.
+    """`work` names what stages can do (`config.stages.Work`), done in this order in one session at `config.layout`.
 
     Rank 0 leaves the result of each at `results / <work>.json`.
     """

@@ -13,6 +13,7 @@ from deepspeed.utils.z3_leaf_module import set_z3_leaf_module
 from transformers import PreTrainedModel, get_scheduler
 
 from ulysses_exp.config import Config
+from ulysses_exp.config.deepspeed_rules import merged
 
 
 def deepspeed_config(config: Config, parameters: int) -> dict[str, Any]:
@@ -29,7 +30,7 @@ def deepspeed_config(config: Config, parameters: int) -> dict[str, Any]:
         zero["offload_optimizer"] = {"device": "cpu"}
     if config.zero.offload_parameters:
         zero["offload_param"] = {"device": "cpu"}
-    return {
+    told = {
         "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
         "gradient_accumulation_steps": config.accumulation,
         "gradient_clipping": config.optim.grad_clip,
@@ -42,6 +43,7 @@ def deepspeed_config(config: Config, parameters: int) -> dict[str, Any]:
         "zero_force_ds_cpu_optimizer": False,  # torch's AdamW also with offload: no operator to compile
         "steps_per_print": 1 << 30,
     }
+    return merged(told, config)
 
 
 def optimizer(config: Config, model: PreTrainedModel) -> torch.optim.Optimizer:

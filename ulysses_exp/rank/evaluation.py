@@ -34,9 +34,10 @@ def summed_loss(session: Session, batch: MicroBatch, bypass: bool) -> torch.Tens
     return _forward(session, batch, bypass, labels=labels, shift_labels=labels, num_items_in_batch=1).loss
 
 
-def logits(session: Session, batch: MicroBatch, bypass: bool) -> torch.Tensor:
-    """[batch, tokens of `batch`, vocabulary] in fp32."""
-    return _forward(session, batch, bypass).logits.float()
+def logits(session: Session, batch: MicroBatch, bypass: bool, places: torch.Tensor | None = None) -> torch.Tensor:
+    """[batch, tokens of `batch`, vocabulary] in fp32; at `places` alone, of which no others are then computed."""
+    wanted = {} if places is None else {"logits_to_keep": session.to_device(places)}
+    return _forward(session, batch, bypass, **wanted).logits.float()
 
 
 def fixed_logits(session: Session) -> dict[str, torch.Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +12,10 @@ from typing import Any
 
 import deepspeed
 import torch
+import torch.distributed as dist
 
 from ulysses_exp.config import Config, device_of, lineage
-from ulysses_exp.launch import strict_json
+from ulysses_exp.launch import heartbeat, strict_json
 from ulysses_exp.launch.output_trouble import told
 from ulysses_exp.launch.task import Task
 from ulysses_exp.layout import Layout
@@ -25,6 +27,8 @@ from ulysses_exp.rank import checkpoints
 from ulysses_exp.rank.data import Batches, Corpus, load_corpus
 from ulysses_exp.rank.engine import build_engine
 from ulysses_exp.rank.metrics.communication import AllToAllCounter
+
+_BUILT = "the model is built"  # in the store where the ranks meet
 
 
 @dataclass
@@ -107,6 +111,7 @@ def open_session(task: Task, rank: int) -> Iterator[Session]:
     with contextlib.ExitStack() as stack:
         all_to_alls = stack.enter_context(AllToAllCounter())
         model = models.build(config, task.options.get("model_seed"), rank)
+        _wait_for_rank_0(rank)
         description = models.describe(config, model.config, sum(p.numel() for p in model.parameters()))
         corpus = load_corpus(config, model.config.get_text_config().vocab_size)
         memory_savers.apply(model, config.memory)
@@ -135,3 +140,17 @@ def open_session(task: Task, rank: int) -> Iterator[Session]:
             all_to_alls=all_to_alls,
             model=description,
         )
+
+
+def _wait_for_rank_0(rank: int) -> None:
+    """Returns when rank 0 has the model: reading or drawing a large one takes longer than ranks wait in a collective.
+
+    Whoever waits gives signs of life, so a rank 0 that stands still is the one that is named.
+    """
+    store = dist.distributed_c10d._get_default_store()
+    if rank == 0:
+        store.set(_BUILT, "")
+        return
+    while not store.check([_BUILT]):
+        heartbeat.beat()
+        time.sleep(0.02)
