@@ -22,8 +22,8 @@ def known_keys(node: type | None = None, prefix: str = "") -> Iterator[str]:
     """Every key of the schema in dotted form, groups included."""
     for name, kind in _fields(node or configuration()).items():
         yield prefix + name
-        if is_dataclass(kind):
-            yield from known_keys(kind, f"{prefix}{name}.")  # type: ignore[arg-type]
+        if isinstance(kind, type) and is_dataclass(kind):
+            yield from known_keys(kind, f"{prefix}{name}.")
 
 
 def doors(node: type | None = None, prefix: str = "") -> dict[str, Callable[[Any], bool]]:
@@ -32,8 +32,8 @@ def doors(node: type | None = None, prefix: str = "") -> dict[str, Callable[[Any
     node = node or configuration()
     for f in fields(node):
         kind = get_type_hints(node)[f.name]
-        if is_dataclass(kind):
-            found |= doors(kind, f"{prefix}{f.name}.")  # type: ignore[arg-type]
+        if isinstance(kind, type) and is_dataclass(kind):
+            found |= doors(kind, f"{prefix}{f.name}.")
         elif "opens" in f.metadata:
             found[prefix + f.name] = f.metadata["opens"]
     return found

@@ -36,7 +36,7 @@ from ulysses_exp.launch.task import Task
 if TYPE_CHECKING:
     from torch.distributed import Store
 
-_END = b"end"
+_END = "end"
 _ALIVE_SECONDS = 2  # between two signs of life of rank 0
 _GOODBYE_SECONDS = 5
 _GRACE_SECONDS = 10  # beyond launch.timeout_s, for other ranks to say what became of them
@@ -124,8 +124,8 @@ def serve(overrides: list[str], own: Callable[[], Config]) -> int:
     try:
         with stopping.requests.heeded():
             store = _sit_down(place, timeout_s)
-            store.set(f"here/{place.rank}", b"")
-            while (message := _next(store, number, timeout_s)) != _END:
+            store.set(f"here/{place.rank}", "")
+            while (message := _next(store, number, timeout_s)) != _END.encode():
                 try:
                     task = Task.from_json(message)
                     _check_doors(task, own)
@@ -141,7 +141,7 @@ def serve(overrides: list[str], own: Callable[[], Config]) -> int:
                 if stopping.requests.signal is not None:
                     return 130
                 number += 1
-            store.set(f"bye/{place.rank}", b"")
+            store.set(f"bye/{place.rank}", "")
     except KeyboardInterrupt:
         return 130
     except (RuntimeError, ConfigError) as error:
@@ -173,7 +173,7 @@ def _timeout(overrides: list[str]) -> int:
     return int(given[-1]) if given and given[-1].isdecimal() else LaunchConfig.timeout_s
 
 
-def _sit_down(place: Seat, timeout_s: int) -> Any:
+def _sit_down(place: Seat, timeout_s: int) -> Store:
     """The store, once this process has what tasks need."""
     die_with_parent()
     prepare_environment("auto")
@@ -182,7 +182,7 @@ def _sit_down(place: Seat, timeout_s: int) -> Any:
     return _store(place, timeout_s, hosts=place.rank == 0 and not place.hosted)
 
 
-def _store(place: Seat, timeout_s: int, *, hosts: bool) -> Any:
+def _store(place: Seat, timeout_s: int, *, hosts: bool) -> Store:
     from torch.distributed import PrefixStore, TCPStore
 
     timeout = timedelta(seconds=timeout_s)
@@ -195,7 +195,7 @@ def _store(place: Seat, timeout_s: int, *, hosts: bool) -> Any:
     return PrefixStore(f"ulysses-exp/{place.attempt}", store)
 
 
-def _there(store: Any, keys: list[str], seconds: float) -> bool:
+def _there(store: Store, keys: list[str], seconds: float) -> bool:
     """Whether all `keys` come within so many seconds. Asks again and again: the store's own wait heeds no signal."""
     end, pause = time.monotonic() + seconds, 0.005
     while not store.check(keys):
@@ -206,7 +206,7 @@ def _there(store: Any, keys: list[str], seconds: float) -> bool:
     return True
 
 
-def _next(store: Any, number: int, timeout_s: int) -> bytes:
+def _next(store: Store, number: int, timeout_s: int) -> bytes:
     """The next task. Raises RuntimeError where rank 0 is gone or gives no sign of life for `timeout_s`."""
     alive, changed = b"", time.monotonic()
     while True:
@@ -223,7 +223,7 @@ def _next(store: Any, number: int, timeout_s: int) -> bytes:
             raise RuntimeError(f"rank 0 gives no sign of life since launch.timeout_s={timeout_s} s")
 
 
-def _take_part(store: Any, number: int, task: Task, place: Seat) -> dict[str, Any] | None:
+def _take_part(store: Store, number: int, task: Task, place: Seat) -> dict[str, Any] | None:
     """Does this rank's part of `task` in a fork. Returns None, or its failure."""
     try:
         supervise(task, {place.rank: server(task.config.launch.start).fork(_rank, task, place, number)})

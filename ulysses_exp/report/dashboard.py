@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 try:
     import wandb_workspaces.reports.v2 as panels
@@ -20,6 +20,9 @@ except ImportError:
 
 from ulysses_exp.report.pictures import names
 from ulysses_exp.tracking.server import PROBE_S, foreign_settings, server, unreachable
+
+if TYPE_CHECKING:
+    from wandb_workspaces.reports.v2.interface import PanelTypes
 
 NAME = "Ulysses: layouts compared"
 
@@ -90,7 +93,7 @@ def workspace(entity: str, project: str) -> workspaces.Workspace:
     )  # fmt: skip
 
 
-def _section(name: str, content: list[Any]) -> workspaces.Section:
+def _section(name: str, content: list[PanelTypes]) -> workspaces.Section:
     return workspaces.Section(name=name, panels=content, is_open=True)
 
 

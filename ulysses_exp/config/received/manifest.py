@@ -16,7 +16,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from ulysses_exp.config.received.reading import Refused, read_json, regular
 from ulysses_exp.layout import Layout
@@ -121,7 +121,7 @@ class Manifest:
             raise TypeError("engine and state are not tables")
         for name in ("global_steps", "global_samples", "skipped_steps"):
             count = self.engine.get(name)  # DeepSpeed counts samples in floats under sequence parallelism
-            if not _is_number(count) or not 0 <= count < _MOST:  # type: ignore[operator]
+            if not _is_number(count) or not 0 <= count < _MOST:
                 raise TypeError(f"engine.{name} is not a count")
         groups = self.engine.get("groups")
         if not isinstance(groups, list) or not all(isinstance(g, dict) and _is_number(g.get("lr")) for g in groups):
@@ -139,7 +139,7 @@ def _counts(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _MOST
 
 
-def _is_number(value: object) -> bool:
+def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 

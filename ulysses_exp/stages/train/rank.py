@@ -244,7 +244,7 @@ class Profile:
 
     def _ready(self, profiler: torch.profiler.profile) -> None:
         profiler.export_chrome_trace(str(self._target))
-        self._events = list(profiler.events() or ())
+        self._events = list(profiler.events() or ())  # type: ignore[no-untyped-call]
 
     def __enter__(self) -> Profile:
         if self._profiler is not None:
