@@ -16,6 +16,7 @@ from checkout import ROOT
 PACKAGE = ROOT / "ulysses_exp"
 LONGEST = 400  # lines of a file
 MOST_NAMES = 14  # side by side in ulysses_exp/
+FOR_TYPES = "if TYPE_CHECKING:\n    "
 
 
 def lint(checkout: Path) -> subprocess.CompletedProcess[str]:
@@ -25,19 +26,44 @@ def lint(checkout: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True, timeout=120)
 
 
-def test_no_files_import_one_another_in_a_circle():
-    """Imports inside functions and for types count."""
-    graph = grimp.build_graph("ulysses_exp", cache_dir=None, exclude_type_checking_imports=False)
-    assert len(graph.modules) > 150
+def circle(graph: grimp.ImportGraph) -> list[str]:
+    """Files that import one another, the first one last again; empty where there are none."""
     try:
         TopologicalSorter({m: graph.find_modules_directly_imported_by(m) for m in graph.modules}).prepare()
     except CycleError as error:
-        pytest.fail(" -> ".join(error.args[1]))
+        return error.args[1]
+    return []
+
+
+def test_no_files_import_one_another_in_a_circle():
+    graph = grimp.build_graph("ulysses_exp", cache_dir=None, exclude_type_checking_imports=False)
+    assert len(graph.modules) > 150
+    found = circle(graph)
+    assert not found, " <- ".join(found)
+
+
+def test_imports_inside_functions_and_for_types_close_a_circle(tmp_path, monkeypatch):
+    package = tmp_path / "made_up_house"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "one.py").write_text("def one():\n    from made_up_house import two\n")
+    (package / "two.py").write_text(f"from typing import TYPE_CHECKING\n{FOR_TYPES}from made_up_house import one\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    graph = grimp.build_graph("made_up_house", cache_dir=None, exclude_type_checking_imports=False)
+    assert set(circle(graph)) == {"made_up_house.one", "made_up_house.two"}
+
+
+def copied(folder: Path) -> Path:
+    """The package in a checkout at `folder`, for something to be planted in it."""
+    shutil.copy(ROOT / "pyproject.toml", folder)
+    return shutil.copytree(PACKAGE, folder / "ulysses_exp", ignore=shutil.ignore_patterns("__pycache__"))
 
 
 def test_arrows_go_down_only():
     done = lint(ROOT)
     assert done.returncode == 0, done.stdout
+    recipe = subprocess.run(["make", "--dry-run", "lint"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert "/lint-imports" in recipe.stdout, recipe.stdout + recipe.stderr
 
 
 @pytest.mark.parametrize(
@@ -55,15 +81,20 @@ def test_arrows_go_down_only():
 )  # fmt: skip
 def test_an_arrow_that_goes_up_is_told(tmp_path, file, after, planted, said):
     """Planted inside a function, where Python itself sees no circle."""
-    shutil.copytree(PACKAGE, tmp_path / "ulysses_exp", ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "pyproject.toml", tmp_path)
-    path = tmp_path / "ulysses_exp" / file
+    path = copied(tmp_path) / file
     before, found, rest = path.read_text().partition(after)
     signature, end, body = rest.partition(":\n")
     assert found and end
     path.write_text(before + found + signature + end + planted + "\n" + body)
     done = lint(tmp_path)
     assert done.returncode == 1 and said in done.stdout.replace("\n", " "), done.stdout
+
+
+def test_an_arrow_that_types_alone_need_is_one(tmp_path):
+    with (copied(tmp_path) / "rank" / "worker.py").open("a") as file:
+        file.write(f"\n\nfrom typing import TYPE_CHECKING\n\n{FOR_TYPES}from ulysses_exp.report import runs\n")
+    done = lint(tmp_path)
+    assert done.returncode == 1 and "rank.worker -> ulysses_exp.report" in done.stdout.replace("\n", " "), done.stdout
 
 
 def test_the_parent_imports_no_library_of_the_ranks():

@@ -1,6 +1,7 @@
 """Many commands in one process, whose ranks stay warm: a command costs seconds less than `python run.py`.
 
-Run as a program it reads a list of overrides a line from stdin, as JSON, and answers each with [exit code, output].
+Run as a program it reads a list of overrides a line from stdin, as JSON, and answers each with [exit code, output,
+libraries of the ranks that are now imported here].
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ class WarmCommand:
         assert self._process.stdin is not None and self._process.stdout is not None
         self._process.stdin.write(json.dumps(overrides) + "\n")
         self._process.stdin.flush()
-        code, output = json.loads(self._process.stdout.readline())
+        code, output, loaded = json.loads(self._process.stdout.readline())
+        assert not loaded, f"a local job's own process needs no {loaded}; its ranks do"
         return code, output
 
     def close(self) -> None:
@@ -59,7 +61,8 @@ def _serve() -> None:
                 main()
             except SystemExit as ended:
                 code = ended.code
-        answers.write(json.dumps([code, said.getvalue()]) + "\n")
+        loaded = [name for name in ("torch", "transformers", "deepspeed") if name in sys.modules]
+        answers.write(json.dumps([code, said.getvalue(), loaded]) + "\n")
         answers.flush()
 
 
