@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ulysses_exp import config as schema
 from ulysses_exp.cli import main
-from ulysses_exp.cli.user_errors import check_overrides, user_message
+from ulysses_exp.cli.user_errors import check_overrides, hydra_text, user_message
 from ulysses_exp.config import Config, ConfigError, bounds
 from ulysses_exp.config.composing import composed as compose
 from ulysses_exp.config.paths import CONF
@@ -99,7 +99,7 @@ VALUES = st.one_of(TEXTS, NUMBERS, st.booleans(), st.none(), st.lists(st.one_of(
 def typed(value: object) -> str:
     """As a user who quotes everything would type it."""
     if isinstance(value, str):
-        return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+        return hydra_text(value)
     if isinstance(value, list):
         return "[" + ",".join(map(typed, value)) + "]"
     if value is None or isinstance(value, bool):

@@ -104,13 +104,17 @@ def test_the_first_cause_is_told(server, task):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP])
 def test_a_request_to_stop_lets_ranks_save(server, task, number):
-    forks = {rank: server.fork(ranks.saves_when_asked, task.results, rank, 0.2) for rank in range(2)}
-    with stopping.requests.heeded(), stopping.requests.deferred():  # from here on: the fork may be quick
-        when_all_have_begun(task, forks, lambda: os.kill(os.getpid(), number))
-        with pytest.raises(KeyboardInterrupt, match=signal.Signals(number).name):
-            supervise(task, forks)
-    assert {path.name for path in task.results.glob("saved*")} == {"saved0", "saved1"}
-    assert signal.getsignal(number) == signal.SIG_DFL
+    before = signal.signal(number, signal.SIG_DFL)  # where the tests run under nohup it is ignored, and stays so
+    try:
+        forks = {rank: server.fork(ranks.saves_when_asked, task.results, rank, 0.2) for rank in range(2)}
+        with stopping.requests.heeded(), stopping.requests.deferred():  # from here on: the fork may be quick
+            when_all_have_begun(task, forks, lambda: os.kill(os.getpid(), number))
+            with pytest.raises(KeyboardInterrupt, match=signal.Signals(number).name):
+                supervise(task, forks)
+        assert {path.name for path in task.results.glob("saved*")} == {"saved0", "saved1"}
+        assert signal.getsignal(number) == signal.SIG_DFL
+    finally:
+        signal.signal(number, before)
 
 
 @pytest.mark.parametrize(

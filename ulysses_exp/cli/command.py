@@ -6,7 +6,6 @@ Exit codes: 0 ok, 1 failed, 2 wrong configuration, 130 interrupted.
 from __future__ import annotations
 
 import os
-import re
 import sys
 import time
 from collections.abc import Callable, Collection
@@ -307,6 +306,7 @@ def _hydra_settings(overrides: list[str]) -> Any:
 
 def _several_sources(overrides: list[str]) -> list[str] | None:
     """The overrides of a sweep over run folders, where `checkpoint.source` names more than one."""
+    from ulysses_exp.cli.user_errors import hydra_text
     from ulysses_exp.config.received.sources import run_folders
 
     for i, override in enumerate(overrides):
@@ -314,15 +314,9 @@ def _several_sources(overrides: list[str]) -> list[str] | None:
         if key == "checkpoint.source":
             folders = run_folders(value.strip("'\""))
             if len(folders) > 1:
-                choice = ",".join(_quoted(folder) for folder in folders)
+                choice = ",".join(hydra_text(str(folder)) for folder in folders)
                 return [*overrides[:i], f"checkpoint.source={choice}", *overrides[i + 1 :]]
     return None
-
-
-def _quoted(folder: Path) -> str:
-    """As Hydra's grammar reads it back."""
-    text = re.sub(r"(\\+)(?='|$)", r"\1\1", str(folder)).replace("'", "\\'")
-    return f"'{text}'"
 
 
 def _hydra(sweep: Sweep) -> None:

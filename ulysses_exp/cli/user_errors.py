@@ -220,8 +220,16 @@ def unreadable(override: str, said: str = "") -> ConfigError:
 def _quoted(key: str, value: str) -> str:
     """The override with its value as a text, as it is typed in a shell."""
     value = value[:60].encode("utf-8", "replace").decode()
-    inner = value.strip("'\"").replace("\\", "\\\\").replace('"', '\\"')
-    return shlex.quote(f'{key}="{inner}"')
+    return shlex.quote(f"{key}={hydra_text(value.strip(QUOTES))}")
+
+
+QUOTES = "'\""
+
+
+def hydra_text(value: str) -> str:
+    """`value` in quotes, as Hydra's grammar reads it back: a backslash counts for itself, but before a quote."""
+    inner = re.sub(r'(\\+)(?="|$)', r"\1\1", value).replace('"', '\\"')
+    return f'"{inner}"'
 
 
 def _short(message: str) -> str:

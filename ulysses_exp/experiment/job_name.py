@@ -77,11 +77,10 @@ def _text(value: str) -> tuple[str, bool]:
     """`value` in the characters of a name, and whether it can be read back from that; of a path its last folder."""
     bare = value.strip("'\"")
     last = bare.rstrip("/").rpartition("/")[2]
+    if re.fullmatch(r"-?[0-9][0-9.]*(e-?[0-9]+)?", last, re.IGNORECASE):  # of a number the minus stays
+        return last, last == bare
     text = re.sub(r"[^A-Za-z0-9._-]+", "_", last).strip("_-") or "_"
-    number = re.fullmatch(r"[+-]?[0-9][0-9.]*(e[+-]?[0-9]+)?", text, re.IGNORECASE)
-    if re.fullmatch(r"-[0-9].*", last):  # of a number the minus stays
-        text, number = last, re.fullmatch(r"-[0-9][0-9.]*(e[+-]?[0-9]+)?", last, re.IGNORECASE)
-    return text, text == bare and (number is not None or "-" not in text)
+    return text, text == bare and "-" not in text
 
 
 def _joined(short: str, text: str) -> str:
