@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-#: Keys of results.json, metrics.jsonl and manifests that tell time, memory, or what follows from them
+#: Keys of results.json, metrics.jsonl and manifests that tell time, memory, or what follows from them; the overrides
+#: name the sweep
 NOT_COMPARED = {"started", "seconds", "first_step_finished", "tokens_per_second", "step_time_s", "mfu", "hfu",
-                "peak_memory_bytes", "continued_from", "attempts"}  # fmt: skip
+                "peak_memory_bytes", "continued_from", "attempts", "overrides"}  # fmt: skip
 _MEASURED = ("perf/", "memory/")
 
 

@@ -84,6 +84,6 @@ def test_jobs_submitted_by_hydra(losses, command, tmp_path):
         "sp.size=2,3", "stages=[train]", cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "sweep: 1 ok, 1 skipped" in done.stdout, "what became of the jobs is known here, too"
+    assert "sweep: 1 skipped, 1 ok" in done.stdout, "what became of the jobs is known here, too"
     (trained,) = [p for p in tmp_path.glob("outputs/sweeps/submitted/*/results.json") if p.parent.name == "sp2"]
     assert json.loads(trained.read_text())["stages"]["train"]["loss"] == pytest.approx(losses, rel=1e-7)

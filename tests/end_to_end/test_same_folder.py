@@ -179,7 +179,7 @@ def test_one_sweep_called_twice_at_once_is_refused(command, tmp_path):
     sweep = ["-m", "sweep.name=both", "seed=0,1", *JOB, "train.steps=60"]
     first = Command(tmp_path, *sweep)
     end = time.monotonic() + 90
-    while not list(tmp_path.glob("outputs/sweeps/both/seed=0/metrics.jsonl")) and time.monotonic() < end:
+    while not list(tmp_path.glob("outputs/sweeps/both/seed0/metrics.jsonl")) and time.monotonic() < end:
         time.sleep(0.05)
     second = command(*sweep, cwd=tmp_path)
     assert second.returncode == 2 and f"sweep.name: {tmp_path}/outputs/sweeps/both is in use by" in second.stderr

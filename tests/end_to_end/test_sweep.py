@@ -90,7 +90,7 @@ class RunningSweep:
         return started
 
     def _trains(self):
-        logs = list(self.folder.glob("outputs/sweeps/names/*seed=1*/metrics.jsonl"))
+        logs = list(self.folder.glob("outputs/sweeps/names/*seed1*/metrics.jsonl"))
         return bool(logs) and logs[0].stat().st_mtime > self.began and logs[0].stat().st_size > 0
 
 
