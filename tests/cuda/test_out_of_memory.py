@@ -2,6 +2,9 @@
 
 import pytest
 
+from ulysses_exp.config import resolve
+from ulysses_exp.config.composing import composed
+from ulysses_exp.experiment.out_of_memory import advice
 from ulysses_exp.launch.failure import RankFailure
 
 WORDS = (
@@ -24,3 +27,19 @@ def test_it_is_told_from_other_errors(said):
 @pytest.mark.parametrize("said", ["CUDA error: an illegal memory access was encountered", "NCCL timeout", "ValueError"])
 def test_other_errors_are_none(said):
     assert not RankFailure(1, said).out_of_memory
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        ((), "set memory=checkpointing, memory=alst or zero.stage=3"),
+        (("memory=alst", "zero.stage=3"), "set zero=stage3_offload, sp.size=4 or train.seq_len=256"),
+        (("memory=alst", "zero=stage3_offload", "sp.size=8"), "set train.seq_len=256"),
+        (
+            ("train.micro_batch_size=2", "memory=alst", "sp.size=1"),
+            "set train.micro_batch_size=1, sp.size=2 or train.seq",
+        ),
+    ],
+)
+def test_what_would_help_is_told(overrides, told):
+    assert advice(resolve(composed(["device=cpu", *overrides])[0])).startswith(told)

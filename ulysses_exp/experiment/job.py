@@ -21,8 +21,10 @@ from ulysses_exp.config.stages import Stage
 from ulysses_exp.experiment import continuing
 from ulysses_exp.experiment.continuing import Earlier
 from ulysses_exp.experiment.following import following
+from ulysses_exp.experiment.out_of_memory import advice
 from ulysses_exp.experiment.sweep import fingerprint
 from ulysses_exp.launch import RankFailure, Ranks, Task, strict_json
+from ulysses_exp.launch.failure import Cause
 from ulysses_exp.launch.output_trouble import of_the_place, said
 from ulysses_exp.launch.supervision import stopped_at
 from ulysses_exp.report import views
@@ -148,7 +150,9 @@ class Job:
         except RankFailure as error:
             log.error("stage %s failed: %s\n%s", stage, error, error.trace)
             self._collect()
-            self.results["stages"].setdefault(stage, {"status": "failed", "reason": str(error)})
+            ran_out = error.out_of_memory and error.cause == Cause.ERROR  # not killed, which may have another reason
+            reason = f"{error}; {advice(self.config)}" if ran_out else str(error)
+            self.results["stages"].setdefault(stage, {"status": "failed", "reason": reason})
         except StageFailure as error:
             log.error("stage %s failed: %s", stage, error)
             self.results["stages"][stage] = {"status": "failed", "reason": str(error)}
