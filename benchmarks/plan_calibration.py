@@ -126,11 +126,12 @@ def rank(number: int, config: Config, folder: str, deepspeed_entries: dict[str, 
     import torch.distributed as dist
 
     from ulysses_exp.plan.trace import with_entries
-    from ulysses_exp.rank import step as training
+    from ulysses_exp.rank import engine
     from ulysses_exp.rank.session import open_session
+    from ulysses_exp.rank.step import optimizer_step
 
-    settings = training.deepspeed_config
-    training.deepspeed_config = lambda *about: with_entries(settings(*about), deepspeed_entries)
+    settings = engine.deepspeed_config
+    engine.deepspeed_config = lambda *about: with_entries(settings(*about), deepspeed_entries)
 
     torch.set_num_threads(1)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -142,7 +143,7 @@ def rank(number: int, config: Config, folder: str, deepspeed_entries: dict[str, 
     profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
     with profiler, open_session(task, number) as session:
         session.engine.train()
-        steps = [training.optimizer_step(session, step) for step in range(STEPS)]
+        steps = [optimizer_step(session, step) for step in range(STEPS)]
     dist.destroy_process_group()
     if number == 0:
         measured = {
