@@ -82,8 +82,8 @@ def run(
         with tracker:
             try:
                 known = len(earlier.lines) if earlier is not None else 0
-                with following(folder / "metrics.jsonl", progress, tracker, known):
-                    job.run(progress)
+                with following(folder / "metrics.jsonl", progress, tracker, known) as caught_up:
+                    job.run(progress, caught_up)
             finally:
                 tracker.finish(job.results, failed=job.results["status"] != "ok")
     summary(job.results, folder, console, tracker.how_to_open)
@@ -118,8 +118,12 @@ class Job:
         self.beside: dict[str, dict[str, Any]] = {}  # by stage, what its result says however it ends
         self.main: Task | None = None  # the task that brings the results of several stages
 
-    def run(self, progress: Progress) -> None:
-        """All stages in order. Raises KeyboardInterrupt after results.json says so."""
+    def run(self, progress: Progress, caught_up: Callable[[], None]) -> None:
+        """All stages in order. Raises KeyboardInterrupt after results.json says so.
+
+        Args:
+            caught_up: returns when the lines of metrics.jsonl are shown.
+        """
         log.info("%s at %s, stages %s", self.config.model.name, self.config.layout, ", ".join(self.config.stages))
         try:
             for stage in self.config.stages:
@@ -127,6 +131,7 @@ class Job:
                     continue
                 progress.start(stage, self.config.train.steps if stage == "train" else None)
                 self.run_stage(stage, progress.note)
+                caught_up()
                 self._write_if_possible()
         except KeyboardInterrupt as stop:
             self._collect()
