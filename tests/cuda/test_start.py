@@ -27,15 +27,17 @@ def imported(module: str, environment: dict[str, str]) -> list[str]:
 
 
 @pytest.fixture
-def prepared(monkeypatch):
-    """The environment that ranks on GPUs inherit."""
-    for name in ("DS_ACCELERATOR", "PYTORCH_NVML_BASED_CUDA_CHECK"):
-        monkeypatch.delenv(name, raising=False)
-    prepare("cuda")
-    found = dict(os.environ)
-    for name in ("DS_ACCELERATOR", "PYTORCH_NVML_BASED_CUDA_CHECK"):
-        monkeypatch.delenv(name, raising=False)
-    return found
+def prepared():
+    """The environment that ranks on GPUs inherit; this process keeps its own."""
+    own = dict(os.environ)
+    try:
+        for name in ("DS_ACCELERATOR", "PYTORCH_NVML_BASED_CUDA_CHECK"):
+            os.environ.pop(name, None)
+        prepare("cuda")
+        return dict(os.environ)
+    finally:
+        os.environ.clear()
+        os.environ.update(own)
 
 
 def test_nothing_that_the_server_imports_touches_cuda(prepared):
