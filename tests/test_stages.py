@@ -13,6 +13,7 @@ from checkout import ROOT
 
 from ulysses_exp.config import ConfigError, resolve, stages
 from ulysses_exp.config.composing import composed
+from ulysses_exp.report import views
 
 TINY = [
     "device=cpu", "train.steps=1", "train.seq_len=16", "train.global_batch_size=1", "train.unmeasured_steps=0",
@@ -86,6 +87,32 @@ def test_what_lies_in_the_current_folder_is_not_installed(installed):
             words, cwd=installed, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
         )
         assert ended.returncode == 0 and "probe" not in ended.stdout, ended
+
+
+def test_its_settings_reach_attached_ranks(installed):
+    """Their tasks come as JSON."""
+    code = """
+from pathlib import Path
+from ulysses_exp.config import resolve
+from ulysses_exp.config.composing import composed
+from ulysses_exp.report import views
+from ulysses_exp.launch import Task
+words = ["stages=[train,probe]", "probe.trainable=true", "device=cpu"]
+task = Task("main", resolve(composed(words)[0]), ("train",), Path("/run"), {})
+again = Task.from_json(task.to_json())
+assert again == task and again.config.probe.trainable is True
+"""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(installed), str(ROOT)])}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=60)
+
+
+def test_a_view_that_raises_takes_no_job_down(monkeypatch):
+    view = stages.resolve("ulysses_exp.stages.parity.view")
+    monkeypatch.setattr(view, "facts", lambda result, arrow: [("parity", result["nothing"])])
+    failed = views.facts("parity", {"status": "failed", "reason": "no memory"}, "->")
+    assert [(label, str(text)) for label, text in failed] == [
+        ("parity", "failed: no memory"), ("parity", "cannot be shown (KeyError: 'nothing')")
+    ]  # fmt: skip
 
 
 def test_every_stage_has_what_it_names():

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-from ulysses_exp.config import Config, ConfigError, known_keys, nearest
+from ulysses_exp.config import ConfigError, known_keys, nearest
 from ulysses_exp.config.bounds import leaves
 from ulysses_exp.config.sections import configuration
 
@@ -101,7 +101,7 @@ def _named(key: str) -> str:
 
 def example(key: str) -> str:
     """`key=value` with the default of `key`, or with a value of its kind; `key=...` where neither is known."""
-    node: Any = Config()
+    node: Any = configuration()()
     kind: Any = None
     for name in re.sub(r"\[\d+\]", "", key).split("."):
         hints = get_type_hints(type(node)) if hasattr(node, "__dataclass_fields__") else {}

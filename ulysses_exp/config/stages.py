@@ -90,8 +90,9 @@ def stage(name: str) -> Stage:
     return found
 
 
-def installed() -> list[Stage]:
-    """All stages that can be imported. One that cannot is an error only where a job asks for it."""
+@cache
+def installed() -> tuple[Stage, ...]:
+    """All stages that can be imported. One that cannot is an error only where a job asks for it, and tried once."""
     found = []
     for name in names():
         try:
@@ -99,7 +100,7 @@ def installed() -> list[Stage]:
         except ConfigError:
             if name in OWN:
                 raise
-    return found
+    return tuple(found)
 
 
 def work(name: str) -> Work:

@@ -10,6 +10,7 @@ from types import NoneType, UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from ulysses_exp.config import Config
+from ulysses_exp.config.sections import configuration
 from ulysses_exp.layout import Layout
 
 
@@ -51,6 +52,8 @@ class Task:
 
 def _typed(kind: Any, value: Any, key: str) -> Any:
     """`value`, as JSON has it, as a `kind`. Raises ValueError, which names the key."""
+    if kind is Config:  # with the sections of stages that other packages bring
+        kind = configuration()
     if is_dataclass(kind) and isinstance(kind, type):
         hints, names = get_type_hints(kind), {f.name for f in fields(kind)}
         if not isinstance(value, Mapping) or value.keys() != names:

@@ -31,9 +31,15 @@ def _of(name: str, what: str) -> Any:
 
 
 def facts(name: str, result: Mapping[str, Any], arrow: str) -> list[Fact]:
-    """Lines of a summary."""
+    """Lines of a summary. A view that raises says so there: what a job came to is on disk, and is no failure."""
     of_stage = _of(name, "facts")
-    return trouble(name, result) if of_stage is None else of_stage(result, arrow)
+    if of_stage is None:
+        return trouble(name, result)
+    try:
+        shown: list[Fact] = of_stage(result, arrow)
+    except Exception as error:
+        return [*trouble(name, result), (name, f"cannot be shown ({type(error).__name__}: {error})")]
+    return shown
 
 
 def tables(name: str, result: Mapping[str, Any], arrow: str) -> list[Shown]:
