@@ -129,12 +129,13 @@ def rank(number: int, config: Config, folder: str, deepspeed_entries: dict[str, 
     from ulysses_exp.rank import engine
     from ulysses_exp.rank.session import open_session
     from ulysses_exp.rank.step import optimizer_step
+    from ulysses_exp.rank.upstream import without_operators_of_its_own
 
     settings = engine.deepspeed_config
     engine.deepspeed_config = lambda *about: with_entries(settings(*about), deepspeed_entries)
 
     torch.set_num_threads(1)
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    without_operators_of_its_own()
     wait_for_gloo()
     store = dist.FileStore(f"{folder}/store", config.layout.world)
     dist.init_process_group("gloo", store=store, rank=number, world_size=config.layout.world)

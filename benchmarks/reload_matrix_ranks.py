@@ -21,6 +21,7 @@ from ulysses_exp.layout import Layout
 from ulysses_exp.rank import checkpoints
 from ulysses_exp.rank.session import Session, open_session
 from ulysses_exp.rank.step import optimizer_step
+from ulysses_exp.rank.upstream import without_operators_of_its_own
 
 BEFORE, AFTER = 3, 3  # optimizer steps before the checkpoint, and after it
 
@@ -32,7 +33,7 @@ def on_rank(
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
     torch.set_num_threads(1)
     deepspeed.utils.logger.setLevel("ERROR")
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    without_operators_of_its_own()
     meeting = folder / f"meeting-{work}-{world}-{os.getppid()}"
     dist.init_process_group(
         "gloo", init_method=f"file://{meeting}", rank=rank, world_size=world, timeout=timedelta(seconds=30)

@@ -93,9 +93,11 @@ def _serve(rank: int, store: str, pipe: Connection) -> None:
     import deepspeed
     import torch
 
+    from ulysses_exp.rank.upstream import without_operators_of_its_own
+
     torch.set_num_threads(1)
     os.environ["LOCAL_RANK"] = str(rank)  # deepspeed.initialize asks for it
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would leave files in /dev/shm
+    without_operators_of_its_own()
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD, timeout=timedelta(seconds=120)
     )

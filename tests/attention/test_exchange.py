@@ -101,8 +101,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 import masked_batches as tiny
 from ulysses_exp.model.attention import ulysses
 from ulysses_exp.rank.metrics.communication import AllToAllCounter
+from ulysses_exp.rank.upstream import without_operators_of_its_own
 
-deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+without_operators_of_its_own()
 torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
 deepspeed.init_distributed("gloo", auto_mpi_discovery=False)
 packed = tiny.batch("packed")

@@ -64,9 +64,11 @@ def _rank(rank: int, world: int, folder: Path, work: Callable[..., Any], args: t
         import deepspeed
         import torch
 
+        from ulysses_exp.rank.upstream import without_operators_of_its_own
+
         torch.set_num_threads(1)
         deepspeed.utils.logger.setLevel("ERROR")
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        without_operators_of_its_own()
         torch.distributed.init_process_group(
             "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world,
             timeout=datetime.timedelta(seconds=60),

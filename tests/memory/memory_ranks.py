@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from ulysses_exp.config import MemoryConfig
 from ulysses_exp.model import memory
+from ulysses_exp.rank.upstream import without_operators_of_its_own
 
 MODELS = Path(__file__).resolve().parents[2] / "conf" / "model"
 SP, LENGTH, ACCUMULATION, IGNORED_LABELS = 2, 64, 2, 5
@@ -124,7 +125,7 @@ def start(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     os.environ["LOCAL_RANK"] = str(rank)
     deepspeed.utils.logger.setLevel("ERROR")
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    without_operators_of_its_own()
     deepspeed.init_distributed(
         "gloo", False, init_method=f"file://{folder}/store", rank=rank, world_size=SP, timeout=timedelta(seconds=60)
     )
