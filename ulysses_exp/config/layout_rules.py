@@ -12,14 +12,19 @@ from ulysses_exp.layout import Layout
 def check_layout(config: Config, layout: Layout, key: str) -> None:
     """Raises ConfigError, naming `key`, where the configured model, data or machine does not allow `layout`."""
     sizes = heads(config)
-    if sizes is not None:
+    if sizes is not None and config.sp.exchange == "deepspeed":  # ours takes any
         query, kv = sizes
         if query % layout.sp:
             divisors = [n for n in range(1, query + 1) if query % n == 0]
-            raise ConfigError(key, f"{query} query heads do not divide over sp {layout.sp}", f"set one of {divisors}")
+            problem = f"{query} query heads do not divide over sp {layout.sp} in sp.exchange=deepspeed"
+            raise ConfigError(key, problem, f"set one of {divisors}, or sp.exchange=fused")
         if kv % layout.sp and layout.sp % kv:
             good = [n for n in range(1, query + 1) if query % n == 0 and (kv % n == 0 or n % kv == 0)]
-            raise ConfigError(key, f"{kv} KV heads and sp {layout.sp}: neither divides the other", f"set one of {good}")
+            problem = f"{kv} KV heads and sp {layout.sp}: neither divides the other, as sp.exchange=deepspeed wants"
+            raise ConfigError(key, problem, f"set one of {good}, or sp.exchange=fused")
+    if config.sp.attention == "transformers" and layout.sp > 1:
+        problem = "transformers' own attention makes masks of n x n, which Ulysses cannot shard"
+        raise ConfigError("sp.attention", problem, "set sp.attention=auto, or sp.size=1 and reload.layouts with sp1 only")
     length, batch, micro = config.train.seq_len, config.train.global_batch_size, config.train.micro_batch_size
     if length % layout.sp:
         shorter, longer = (length // layout.sp * layout.sp or layout.sp), (length // layout.sp + 1) * layout.sp

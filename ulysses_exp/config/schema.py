@@ -212,10 +212,12 @@ class Config:
         return Layout(self.sp.size, self.dp.size, self.zero.stage)
 
     def reference(self) -> Config:
-        """The same experiment in the single process that layouts are compared with: transformers' own forward and
-        loss, no tiles, no compiler. Recomputation stays: it changes no number and may be needed for want of memory."""
+        """The same experiment in the single process that layouts are compared with: transformers' own attention, forward
+        and loss, no tiles, no compiler. Recomputation stays: it changes no number and may be needed for want of memory."""
+        alone = self.at(Layout.parse(self.parity.reference))
         return replace(
-            self.at(Layout.parse(self.parity.reference)),
+            alone,
+            sp=replace(alone.sp, attention="transformers"),
             memory=replace(self.memory, tiled_mlp=0, tiled_loss=0, loss_in_place=False),
             train=replace(self.train, compile=False),
         )
