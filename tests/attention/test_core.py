@@ -125,10 +125,10 @@ def test_values_of_another_width_than_keys(widths) -> None:
         same(found, dense(*inputs, whole, window), inputs)
 
 
-def test_chunks_are_documents_cut_behind_the_left_padding() -> None:
+def test_chunks_are_cut_from_the_start_of_each_document() -> None:
     rows = ((Segment(0, 5, padding=True), Segment(5, 12), Segment(12, 30)), (Segment(0, 30),))
     cut = Documents(2, 30, rows).chunked(10)
-    assert [(s.start, s.stop) for s in cut.rows[0]] == [(0, 5), (5, 12), (12, 15), (15, 25), (25, 30)]
+    assert [(s.start, s.stop) for s in cut.rows[0]] == [(0, 5), (5, 12), (12, 22), (22, 30)]
     assert [(s.start, s.stop) for s in cut.rows[1]] == [(0, 10), (10, 20), (20, 30)]
     plan = core.Plan(Documents(1, 30))
     assert plan.chunked(30) is plan and plan.chunked(10) is plan.chunked(10)

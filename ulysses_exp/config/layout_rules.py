@@ -5,6 +5,7 @@ from __future__ import annotations
 from ulysses_exp.config.architecture import heads
 from ulysses_exp.config.errors import ConfigError
 from ulysses_exp.config.machine import accelerators, attached_ranks, device_of
+from ulysses_exp.config.model_rules import key_of
 from ulysses_exp.config.schema import Config
 from ulysses_exp.layout import Layout
 
@@ -12,6 +13,9 @@ from ulysses_exp.layout import Layout
 def check_layout(config: Config, layout: Layout, key: str) -> None:
     """Raises ConfigError, naming `key`, where the configured model, data or machine does not allow `layout`."""
     sizes = heads(config)
+    if sizes is not None and sizes[0] % sizes[1]:
+        where = key_of(config, "num_key_value_heads")
+        raise ConfigError(where, f"{sizes[1]} KV heads do not divide {sizes[0]} query heads", "set a divisor")
     if sizes is not None and config.sp.exchange == "deepspeed":  # ours takes any
         query, kv = sizes
         if query % layout.sp:

@@ -44,18 +44,16 @@ class Documents:
         return self.rows is not None and any(s.padding for row in self.rows for s in row)
 
     def chunked(self, size: int) -> Documents:
-        """Cut again at multiples of `size`: chunks by place in the row, counted behind left padding (Llama 4)."""
-        rows = []
-        for row in self.rows or ((Segment(0, self.seq_len),),) * self.batch:
-            first = row[0].stop if row[0].padding else 0
-            cut: list[Segment] = []
-            for segment in row:
-                start = segment.start
-                while not segment.padding and (edge := first + ((start - first) // size + 1) * size) < segment.stop:
-                    cut.append(Segment(start, edge))
-                    start = edge
-                cut.append(Segment(start, segment.stop, segment.padding))
-            rows.append(tuple(cut))
+        """Each document cut again at multiples of `size` tokens from its start (Llama 4; transformers 5.23)."""
+        whole = ((Segment(0, self.seq_len),),) * self.batch
+        rows = (
+            tuple(
+                Segment(start, min(start + size, s.stop), s.padding)
+                for s in row
+                for start in range(s.start, s.stop, size)
+            )
+            for row in self.rows or whole
+        )
         return Documents(self.batch, self.seq_len, tuple(rows))
 
     def table(self, device: torch.device) -> torch.Tensor:

@@ -105,7 +105,8 @@ class Patched:
         query = llama4.rescaled(module, query, self.rank * query.shape[2])
         groups = getattr(module, "num_key_value_groups", None)
         try:
-            return self.exchanged(module, query, key, value, None, *args, plan=plan, **kwargs)
+            out, weights = self.exchanged(module, query, key, value, None, *args, plan=plan, **kwargs)
+            return out.unflatten(2, (query.shape[1], -1)), weights  # GPT-2 for one counts dimensions
         finally:
             if groups is not None:
                 module.num_key_value_groups = groups
