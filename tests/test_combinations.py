@@ -36,8 +36,12 @@ DEEPSPEED = "sp.exchange=deepspeed"  # which takes heads that divide
     "overrides",
     [
         ["sp.size=1,3", "sp.exchange=deepspeed", "zero=stage0,stage3", "zero.offload_optimizer=true,false"],
-        ["model=tiny_llama,tiny_llama_mqa", "model.architecture.num_attention_heads=8,6", "sp.size=2,4",
-         "sp.exchange=deepspeed,fused"],
+        [
+            "model=tiny_llama,tiny_llama_mqa",
+            "model.architecture.num_attention_heads=8,6",
+            "sp.size=2,4",
+            "sp.exchange=deepspeed,fused",
+        ],
         ["stages=[train],[eval]", "reload.layouts=[sp1-dp1-z0],[sp3-dp1-z0]", "seed=1,-1"],
         ["+train.foo=1,2", "optim=adamw,sgd"],
         ["experiment=sp_scaling,eval_bypass", "hydra.sweeper.params=null", "sp.size=2,3", "train.seq_len=510,512"],
@@ -56,7 +60,9 @@ def test_a_thousand_take_seconds_and_a_reason_is_told_once():
     assert time.process_time() - began < 10
     assert len(found) == 1000 - 4 * 2 * 5
     (line,) = reasons(found)
-    assert line.startswith("skipped 960 jobs: sp.size: 8 query heads do not divide over sp 3 in sp.exchange=deepspeed; set")
+    assert line.startswith(
+        "skipped 960 jobs: sp.size: 8 query heads do not divide over sp 3 in sp.exchange=deepspeed; set"
+    )
     assert "(also sp.size=5, 6, 7, 9," in line and line.endswith(", ...)") and len(line) < 300
 
 

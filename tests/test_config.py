@@ -25,7 +25,15 @@ WRONG = [
     (["stages=[plan]", "sp.size=8", "dp.size=100000000", "train.global_batch_size=100000000"], "dp.size"),
     (["dp.size=3"], "train.global_batch_size"),
     (["model.architecture.num_key_value_heads=3", "sp.size=2"], "model.architecture.num_key_value_heads"),
-    (["model.architecture.num_attention_heads=6", "model.architecture.num_key_value_heads=2", "sp.size=4", "sp.exchange=deepspeed"], "sp.size"),
+    (
+        [
+            "model.architecture.num_attention_heads=6",
+            "model.architecture.num_key_value_heads=2",
+            "sp.size=4",
+            "sp.exchange=deepspeed",
+        ],
+        "sp.size",
+    ),
     (["train.seq_len=510", "sp.size=4"], "train.seq_len"),
     (["train.seq_len=1"], "train.seq_len"),
     (["train.seq_len=long"], "train.seq_len"),

@@ -73,7 +73,8 @@ def test_attention_and_gradients_are_those_of_a_dense_mask(rows, window, kv_head
     inputs = [torch.randn(2, heads, 777, 8, requires_grad=True) for heads in (4, kv_heads, kv_heads)]
     found = core.torchs(*inputs, core.Plan(whole), core.Scores(0.3, window))
     same(found, dense(*inputs, whole, window) * real(rows), inputs)
-    on_gpu = torch_gpu.one_by_one(*inputs, whole, window, 0.3)  # what an accelerator falls back to, in fp32
+    # what an accelerator falls back to, in fp32
+    on_gpu = torch_gpu.one_by_one(*inputs, whole, core.Scores(0.3, window))
     same(on_gpu, dense(*inputs, whole, window) * real(rows), inputs)
 
 

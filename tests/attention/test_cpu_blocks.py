@@ -77,9 +77,7 @@ def test_it_is_used_where_a_backward_follows_and_the_kernel_is_that_one(monkeypa
 
 def test_no_second_derivative_is_made_up() -> None:
     query, key, value = inputs(1, 1, 1, 512, 8, torch.float32)
-    (gradient,) = torch.autograd.grad(
-        ours_of(query, key, value, None).square().sum(), query, create_graph=True
-    )
+    (gradient,) = torch.autograd.grad(ours_of(query, key, value, None).square().sum(), query, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()
 

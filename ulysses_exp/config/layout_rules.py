@@ -28,7 +28,9 @@ def check_layout(config: Config, layout: Layout, key: str) -> None:
             raise ConfigError(key, problem, f"set one of {good}, or sp.exchange=fused")
     if config.sp.attention == "transformers" and layout.sp > 1:
         problem = "transformers' own attention makes masks of n x n, which Ulysses cannot shard"
-        raise ConfigError("sp.attention", problem, "set sp.attention=auto, or sp.size=1 and reload.layouts with sp1 only")
+        raise ConfigError(
+            "sp.attention", problem, "set sp.attention=auto, or sp.size=1 and reload.layouts with sp1 only"
+        )
     length, batch, micro = config.train.seq_len, config.train.global_batch_size, config.train.micro_batch_size
     if length % layout.sp:
         shorter, longer = (length // layout.sp * layout.sp or layout.sp), (length // layout.sp + 1) * layout.sp

@@ -212,8 +212,8 @@ class Config:
         return Layout(self.sp.size, self.dp.size, self.zero.stage)
 
     def reference(self) -> Config:
-        """The same experiment in the single process that layouts are compared with: transformers' own attention, forward
-        and loss, no tiles, no compiler. Recomputation stays: it changes no number and may be needed for want of memory."""
+        """The same experiment in the single process that layouts are compared with: transformers' own attention,
+        forward and loss, no tiles, no compiler. Recomputation stays: it changes no number and memory may want it."""
         alone = self.at(Layout.parse(self.parity.reference))
         return replace(
             alone,

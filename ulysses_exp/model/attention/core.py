@@ -7,7 +7,6 @@ other and sliding windows are ignored, under `flex_attention` the mask is rebuil
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor
 from ulysses_exp.model.attention.documents import Documents
 from ulysses_exp.model.attention.kernels import cpu, cpu_blocks, flash, flex, recomputed, torch_gpu
 from ulysses_exp.model.attention.kernels.pieces import Rows
+from ulysses_exp.model.attention.kernels.scores import Scores
 
 Core = Callable[..., tuple[Tensor, Any]]
 
@@ -40,27 +40,6 @@ class Plan:
         return plan
 
 
-@dataclass(frozen=True)
-class Scores:
-    """What decides the weights beside queries and keys.
-
-    Attributes:
-        scaling: on the scores; None: 1 / sqrt(head_dim).
-        window: a token sees itself and the `window` - 1 tokens before it; None: all before it.
-        softcap: scores pass through softcap x tanh(scores / softcap).
-        sinks: [heads], a score that every query has beside those of its keys (gpt-oss).
-    """
-
-    scaling: float | None = None
-    window: int | None = None
-    softcap: float | None = None
-    sinks: Tensor | None = None
-
-    @property
-    def changed(self) -> bool:
-        return self.softcap is not None or self.sinks is not None
-
-
 def torchs(
     query: Tensor, key: Tensor, value: Tensor, plan: Plan, scores: Scores, rows: tuple[Rows, ...] | None = None
 ) -> Tensor:
@@ -75,7 +54,6 @@ def torchs(
         [batch, the queries' tokens, heads, dim of a value]; zero at padding.
     """
     whole = plan.documents
-    scaling = query.shape[-1] ** -0.5 if scores.scaling is None else scores.scaling
     every = ((0, whole.seq_len),)
     simple = whole.plain and scores.window is None and not scores.changed and rows in (None, every)
     if query.device.type == "cpu":
@@ -83,11 +61,8 @@ def torchs(
         learns = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
         if simple and same_width and not (learns and cpu_blocks.helps(query)):
             return torch_gpu.causal(query, key, value, scores.scaling)
-        common = {"window": scores.window, "scaling": scaling, "sinks": scores.sinks}
-        if scores.softcap is not None:
-            out = recomputed.attention(query, key, value, whole, rows or every, softcap=scores.softcap, **common)
-        else:
-            out = cpu.attention(query, key, value, whole, rows or every, **common)
+        kernel = cpu.attention if scores.softcap is None else recomputed.attention
+        out = kernel(query, key, value, whole, rows or every, scores)
         return out.transpose(1, 2)
     if simple:
         return torch_gpu.causal(query, key, value, scores.scaling)
@@ -95,8 +70,8 @@ def torchs(
         return flexible(query, key, value, plan, scores, rows)
     if torch_gpu.takes_documents(query, value):
         begins, longest = plan.once(("begins", query.device), lambda: flash.begins(whole, query.device))
-        return torch_gpu.of_documents(query, key, value, begins, longest, scores.window, scores.scaling)
-    return torch_gpu.one_by_one(query, key, value, whole, scores.window, scores.scaling)
+        return torch_gpu.of_documents(query, key, value, begins, longest, scores)
+    return torch_gpu.one_by_one(query, key, value, whole, scores)
 
 
 def flexible(
@@ -107,8 +82,7 @@ def flexible(
     every = rows or ((0, whole.seq_len),)
     mask = plan.once(("flex", scores.window, every, device),
                      lambda: flex.block_mask(whole, every, scores.window, device))  # fmt: skip
-    scaling = query.shape[-1] ** -0.5 if scores.scaling is None else scores.scaling
-    return flex.attention(query, key, value, mask, scaling=scaling, softcap=scores.softcap, sinks=scores.sinks)
+    return flex.attention(query, key, value, mask, scores)
 
 
 def around(attention: str, original: Callable[..., Any]) -> Core:

@@ -30,7 +30,7 @@ def all_to_all_bytes(
     itemsize: int,
     value_head_dim: int | None = None,
 ) -> int:
-    """Bytes that the busiest rank sends to *other* ranks in one attention layer and one direction (forward or backward).
+    """Bytes that the busiest rank sends to *other* ranks in one attention layer and one direction, forward or backward.
 
     The least that Ulysses can send (arXiv 2309.14509, section 3.2, with grouped KV heads): a rank holds
     batch x seq_len / sp tokens, and each of the other sp - 1 ranks gets, of every token, its heads / sp query heads and

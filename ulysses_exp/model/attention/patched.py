@@ -18,8 +18,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from ulysses_exp.model.attention.agreement import agree, check_batch
 from ulysses_exp.model.attention import llama4
+from ulysses_exp.model.attention.agreement import agree, check_batch
 from ulysses_exp.model.attention.core import Core, Plan
 from ulysses_exp.model.attention.documents import Documents, documents
 from ulysses_exp.model.attention.handle import Announced, Ulysses
@@ -89,7 +89,7 @@ class Patched:
     ) -> tuple[Tensor, Any]:
         way = self._way(module, kwargs.get("position_ids"))
         if way is None or attention_mask is not None or not self._causal(module, kwargs):
-            if way is not None and way.shared or (kwargs.get("position_bias") is not None and not _plain(way)):
+            if (way is not None and way.shared) or (kwargs.get("position_bias") is not None and not _plain(way)):
                 self._refuse(module)
             original = transformers_own(self.implementation, module)
             return original(module, query, key, value, attention_mask, *args, **kwargs)
@@ -98,6 +98,7 @@ class Patched:
             kwargs["sliding_window"] = _window_of(module)
         if kwargs.get("sinks") is not None:  # Inkling's name of them
             kwargs["s_aux"] = kwargs.pop("sinks")
+        assert way.plan is not None
         plan = way.plan.chunked(llama4.chunk(module))
         if not way.shared:
             return self.core(module, query, key, value, None, *args, plan=plan, **kwargs)
@@ -151,7 +152,7 @@ class Patched:
     # -- the mask function
 
     def mask(self, *args: Any, **kwargs: Any) -> Any:
-        """transformers' masks have n^2 entries, over slices of the wrong n; none is made where documents say as much."""
+        """transformers' masks have n^2 entries, over slices of the wrong n; none where documents say as much."""
         way = self.forward
         if way is None:  # a part of the model is called by itself, so no forward is left to be repeated
             self.latest = None

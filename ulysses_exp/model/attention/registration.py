@@ -104,7 +104,9 @@ def _why_not(model: PreTrainedModel, sp: int, exchange: str) -> str | None:
         if kv_heads is None:
             return f"{kind} is configured without num_key_value_heads, which sp.exchange=deepspeed reads"
         if not HeadShares(sp, heads).even(kv_heads):
-            return f"{heads} query heads and {kv_heads} KV heads do not divide over sp.size={sp} in sp.exchange=deepspeed"
+            return (
+                f"{heads} query heads and {kv_heads} KV heads do not divide over sp.size={sp} in sp.exchange=deepspeed"
+            )
     return None
 
 

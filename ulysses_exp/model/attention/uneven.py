@@ -87,6 +87,15 @@ def _exchange(
     return [[next(flat).view(shape) for shape in part] for part in shapes]
 
 
+def _shapes(
+    batch: int, heads: tuple[slice, slice], places: list[slice], tokens: int, widths: tuple[int, int, int]
+) -> list[torch.Size]:
+    """Of the queries of some heads at `places`, and of keys and values of some KV heads at all tokens."""
+    own, own_kv = (h.stop - h.start for h in heads)
+    queries = [torch.Size((batch, own, p.stop - p.start, widths[0])) for p in places]
+    return queries + [torch.Size((batch, own_kv, tokens, w)) for w in widths[1:]]
+
+
 def _places(lists: list[list[slice]]) -> Iterator[tuple[int, slice]]:
     for rank, slices in enumerate(lists):
         for place in slices:
@@ -110,10 +119,7 @@ class _ToHeads(torch.autograd.Function):
             heads, kv = _heads(routes, rank)
             of_rank = [query[:, heads, place] for place in routes.queries(me, rank)]
             parts.append([*of_rank, key[:, kv], value[:, kv]])
-            shapes.append(
-                [torch.Size((batch, mine.stop - mine.start, p.stop - p.start, widths[0])) for p in routes.queries(rank, me)]
-                + [torch.Size((batch, mine_kv.stop - mine_kv.start, routes.tokens, w)) for w in widths[1:]]
-            )
+            shapes.append(_shapes(batch, (mine, mine_kv), routes.queries(rank, me), routes.tokens, widths))
         got = _exchange(query, parts, shapes, group)
         places = _ranges(routes, me)
         total = sum(p.stop - p.start for _, p in _places(places))
@@ -135,10 +141,7 @@ class _ToHeads(torch.autograd.Function):
             slice_of = slice(rank * routes.tokens, (rank + 1) * routes.tokens)
             parts.append([*(of_query[:, :, p] for p in places[rank]), of_key[:, :, slice_of], of_value[:, :, slice_of]])
             heads, kv = _heads(routes, rank)
-            shapes.append(
-                [torch.Size((batch, heads.stop - heads.start, p.stop - p.start, widths[0])) for p in routes.queries(me, rank)]
-                + [torch.Size((batch, kv.stop - kv.start, routes.tokens, w)) for w in widths[1:]]
-            )
+            shapes.append(_shapes(batch, (heads, kv), routes.queries(me, rank), routes.tokens, widths))
         got = _exchange(of_query, parts, shapes, group)
         sizes = (routes.shares.heads, routes.kv_heads, routes.kv_heads)
         dq, dk, dv = (of_query.new_zeros(batch, routes.tokens, n, w).transpose(1, 2)

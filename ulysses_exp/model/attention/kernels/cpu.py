@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from ulysses_exp.model.attention.documents import Documents
 from ulysses_exp.model.attention.kernels import cpu_blocks
 from ulysses_exp.model.attention.kernels.pieces import Piece, Rows, by_rows, pieces, seen
+from ulysses_exp.model.attention.kernels.scores import Scores
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -29,10 +30,7 @@ def attention(
     value: Tensor,
     documents: Documents,
     rows: tuple[Rows, ...],
-    *,
-    window: int | None,
-    scaling: float,
-    sinks: Tensor | None,
+    scores: Scores,
 ) -> Tensor:
     """Causal attention within documents, exact.
 
@@ -40,18 +38,20 @@ def attention(
         query: [batch, heads, the tokens of `rows`, head_dim].
         key, value: [batch, KV heads, seq_len, head_dim]; values may be of another width. KV heads divide query heads.
         rows: the places of the queries, in their order.
-        sinks: [heads], a score that every query has beside those of its keys.
+        scores: without a soft cap.
 
     Returns:
         [batch, heads, tokens, dim of a value], laid out [batch, tokens, heads, dim]; zero at padding.
     """
-    width = value.shape[-1]
+    width, scaling = value.shape[-1], scores.scale(query)
     if width < query.shape[-1]:  # the kernel takes one width; zeros add nothing to scores and are cut off again
         value = F.pad(value, (0, query.shape[-1] - width))
     elif width > query.shape[-1]:
         query, key = (F.pad(x, (0, width - x.shape[-1])) for x in (query, key))
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
-    out: Tensor = _Attention.apply(query, key, value, sinks, documents, rows, window, scaling)
+    out: Tensor = _Attention.apply(
+        query, key, value, scores.sinks, _Calls(query.shape[1] // key.shape[1], documents, rows, scores.window, scaling)
+    )
     return out[..., :width]
 
 
@@ -90,13 +90,9 @@ class _Attention(torch.autograd.Function):
         key: Tensor,
         value: Tensor,
         sinks: Tensor | None,
-        documents: Documents,
-        rows: tuple[Rows, ...],
-        window: int | None,
-        scaling: float,
+        calls: _Calls,
     ) -> Tensor:
         batch, heads, tokens, dim = query.shape
-        calls = _Calls(heads // key.shape[1], documents, rows, window, scaling)
         out = query.new_zeros(batch, tokens, heads, dim).transpose(1, 2)
         lse = query.new_zeros(batch, tokens, heads, dtype=torch.float32).transpose(1, 2)
         for which, piece in calls.parts:
@@ -107,7 +103,7 @@ class _Attention(torch.autograd.Function):
                 0.0,
                 piece.causal,
                 attn_mask=calls.mask(piece, query.dtype),
-                scale=scaling,
+                scale=calls.scaling,
             )
             o, s = out[which, :, piece.queries], lse[which, :, piece.queries]
             if piece.again:
@@ -136,7 +132,7 @@ class _Attention(torch.autograd.Function):
             by_query = tuple(x[which, :, piece.queries] for x in (grad, query, out, lse))
             by_key = calls.keys([key, value], which, piece)
             if piece.causal and cpu_blocks.helps(by_query[1]):
-                found = cpu_blocks.gradients(by_query, tuple(by_key), calls.scaling)
+                found = tuple(cpu_blocks.gradients(by_query, tuple(by_key), calls.scaling))
             else:
                 mask = calls.mask(piece, query.dtype)
                 found = _backward(
@@ -150,4 +146,4 @@ class _Attention(torch.autograd.Function):
         if sinks is not None:
             probability = (sinks.float()[None, :, None] - lse).exp()
             ds = -(probability * (grad.float() * out.float()).sum(-1)).sum((0, 2)).to(sinks.dtype)
-        return dq, dk, dv, ds, None, None, None, None
+        return dq, dk, dv, ds, None

@@ -15,6 +15,7 @@ from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, fle
 
 from ulysses_exp.model.attention.documents import Documents
 from ulysses_exp.model.attention.kernels.pieces import Rows
+from ulysses_exp.model.attention.kernels.scores import Scores
 
 
 def block_mask(documents: Documents, rows: tuple[Rows, ...], window: int | None, device: torch.device) -> Any:
@@ -36,9 +37,7 @@ def block_mask(documents: Documents, rows: tuple[Rows, ...], window: int | None,
     return create_block_mask(visible, B=batch, H=None, Q_LEN=queries, KV_LEN=documents.seq_len, device=str(device))
 
 
-def attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: Any, *, scaling: float, softcap: float | None, sinks: Tensor | None
-) -> Tensor:
+def attention(query: Tensor, key: Tensor, value: Tensor, mask: Any, scores: Scores) -> Tensor:
     """[batch, heads, tokens, dim] each -> [batch, tokens, heads, dim of a value].
 
     A sink takes its part of each query's weight: out x sigmoid(lse - sink), as softmax with one more column.
@@ -49,18 +48,27 @@ def attention(
     if query.device.type == "cpu" and torch.is_grad_enabled() and query.requires_grad:
         raise ValueError("sp.attention=flex_attention has no backward on CPU; set sp.attention=sdpa")
 
-    def capped(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    run: Any = _compiled() if query.device.type == "cuda" else flex_attention
+    arguments: dict[str, Any] = {
+        "block_mask": mask,
+        "scale": scores.scale(query),
+        "enable_gqa": key.shape[1] != query.shape[1],
+    }
+    if scores.softcap is not None:
+        arguments["score_mod"] = _capped(scores.softcap)
+    if scores.sinks is None:
+        whole: Tensor = run(query, key, value, **arguments)
+        return whole.transpose(1, 2)
+    out, aux = run(query, key, value, **arguments, return_aux=AuxRequest(lse=True))
+    share = torch.sigmoid(aux.lse - scores.sinks.float()[None, :, None])
+    return (out * share[..., None].to(out.dtype)).transpose(1, 2)
+
+
+def _capped(softcap: float) -> Callable[..., Tensor]:
+    def change(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return torch.tanh(score / softcap) * softcap
 
-    arguments = {"block_mask": mask, "scale": scaling, "enable_gqa": key.shape[1] != query.shape[1]}
-    if softcap is not None:
-        arguments["score_mod"] = capped
-    run = _compiled() if query.device.type == "cuda" else flex_attention
-    if sinks is None:
-        return run(query, key, value, **arguments).transpose(1, 2)
-    out, aux = run(query, key, value, **arguments, return_aux=AuxRequest(lse=True))
-    share = torch.sigmoid(aux.lse - sinks.float()[None, :, None])
-    return (out * share[..., None].to(out.dtype)).transpose(1, 2)
+    return change
 
 
 @functools.cache

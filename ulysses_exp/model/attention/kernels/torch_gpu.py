@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ulysses_exp.model.attention.documents import Documents, Row
 from ulysses_exp.model.attention.kernels.pieces import by_rows
+from ulysses_exp.model.attention.kernels.scores import Scores
 
 
 def causal(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, dropout: float = 0.0) -> Tensor:
@@ -33,9 +34,7 @@ def takes_documents(query: Tensor, value: Tensor) -> bool:
     )
 
 
-def of_documents(
-    query: Tensor, key: Tensor, value: Tensor, begins: Tensor, longest: int, window: int | None, scaling: float | None
-) -> Tensor:
+def of_documents(query: Tensor, key: Tensor, value: Tensor, begins: Tensor, longest: int, scores: Scores) -> Tensor:
     """All documents of a batch at once, also within a window: `varlen_attn`. Padding is a document of its own.
 
     Args:
@@ -48,32 +47,33 @@ def of_documents(
     from torch.nn.attention.varlen import varlen_attn
 
     batch = query.shape[0]
-    flat = [x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)]
-    behind = (-1 if window is None else window - 1, 0)
-    out: Tensor = varlen_attn(
-        *flat, begins, begins, longest, longest, scale=scaling, window_size=behind,
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
+    out = varlen_attn(
+        q, k, v, begins, begins, longest, longest, scale=scores.scaling,
+        window_size=(-1 if scores.window is None else scores.window - 1, 0),
         enable_gqa=key.shape[1] != query.shape[1],
     )  # fmt: skip
+    assert isinstance(out, Tensor)
     return out.unflatten(0, (batch, -1))
 
 
-def one_by_one(
-    query: Tensor, key: Tensor, value: Tensor, documents: Documents, window: int | None, scaling: float | None
-) -> Tensor:
+def one_by_one(query: Tensor, key: Tensor, value: Tensor, documents: Documents, scores: Scores) -> Tensor:
     """Document by document: [batch, seq_len, heads, dim]; zero at padding."""
+    window, scaling = scores.window, scores.scaling
 
     def of_row(q: Tensor, k: Tensor, v: Tensor, row: Row) -> Tensor:
         # split, not sliced: the gradient of a slice is a tensor of the whole length, of a split one for all its parts
         sizes = [s.stop - s.start for s in row]
         parts = []
         for segment, *part in zip(row, *(x.split(sizes, dim=2) for x in (q, k, v)), strict=True):
+            own_q, own_k, own_v = part
             if segment.padding:
-                batch, heads, tokens, _ = part[0].shape
+                batch, heads, tokens, _ = own_q.shape
                 parts.append(q.new_zeros(batch, tokens, heads, v.shape[-1]))
-            elif window is not None and part[0].shape[2] > window:
-                parts.append(_windowed(*part, window, scaling))
+            elif window is not None and own_q.shape[2] > window:
+                parts.append(_windowed(own_q, own_k, own_v, window, scaling))
             else:
-                parts.append(causal(*part, scaling))
+                parts.append(causal(own_q, own_k, own_v, scaling))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     rows = by_rows(documents.rows, documents.batch, documents.seq_len)
