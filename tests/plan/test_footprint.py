@@ -41,6 +41,7 @@ def planned(pool: Forks, config: Config) -> tuple[float, float]:
     return trained.peak(), evaluation + sum(trained.rest.values())
 
 
+@pytest.mark.long
 def test_parameters_are_those_that_transformers_makes(pool):
     configs = [unchecked([f"model={model}"]) for model in MODELS]
     for config in configs:
