@@ -233,7 +233,7 @@ def _refused(
     config: Config, key: str, at: Config, size: float, memory: _Memory, of: Shape, sure: bool = True
 ) -> ConfigError:
     takes = "holds" if sure else "takes about"
-    what = f"{config.model.name} at {at.layout.name}"
+    what = f"{config.model.name_or_path or config.model.name} at {at.layout.name}"
     if key == "eval.mode":
         what, instead = f"a whole sequence on each rank of {what}", "set eval.mode=sp"
     elif key == "reload.layouts":
