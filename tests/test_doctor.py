@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 from checkout import ROOT
 
-from ulysses_exp.config import Config
+from ulysses_exp.config import Config, nvml
 from ulysses_exp.doctor import accelerators, machine, network, remains, storage, versions
 from ulysses_exp.doctor.__main__ import asked_for, examine
 from ulysses_exp.doctor.finding import Asked, Finding
@@ -191,7 +191,7 @@ def gpus(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mon
     def load(name: str | None, *more: object, **others: object) -> ctypes.CDLL:
         return real(str(library) if name == "libnvidia-ml.so.1" else name, *more, **others)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(accelerators.ctypes, "CDLL", load)
+    monkeypatch.setattr(nvml.ctypes, "CDLL", load)
     monkeypatch.setattr(accelerators, "accelerators", lambda: 2)
     monkeypatch.setattr(accelerators, "device_of", lambda config: "cuda")
 

@@ -62,28 +62,6 @@ def check_layout(config: Config, layout: Layout, key: str) -> None:
         )
 
 
-def default_targets(config: Config) -> list[Layout]:
-    """Three reload targets that differ from the trained layout, and from each other, in sp, dp and ZeRO stage."""
-    wanted = [
-        Layout(1, 1, 0),
-        Layout(2, 1, 3),
-        Layout(1, 2, 2),
-        Layout(4, 1, 1),
-        Layout(2, 1, 1),
-        Layout(1, 1, 3),
-        Layout(1, 1, 2),
-    ]
-    found: list[Layout] = []
-    for layout in wanted:
-        if layout != config.layout and len(found) < 3:
-            try:
-                check_layout(config, layout, "reload.layouts")
-            except ConfigError:
-                continue
-            found.append(layout)
-    return found
-
-
 def check_after_train(config: Config, stage: str, needs_source: bool = True) -> None:
     """Raises ConfigError where `stage`, one of the job's, comes before train, or has no checkpoint to work on."""
     if stage not in config.stages:

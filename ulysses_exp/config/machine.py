@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import glob
 import os
+from functools import cache
 
+from ulysses_exp.config.nvml import Nvml, NvmlError
 from ulysses_exp.config.schema import Config
 
 
@@ -30,3 +32,19 @@ def device_of(config: Config) -> str:
     if config.device != "auto":
         return config.device
     return "cuda" if accelerators() else "cpu"
+
+
+@cache
+def gpu_memory() -> int | None:
+    """Bytes of the smallest GPU that a job may use, without importing torch; None where the driver does not say."""
+    try:
+        sizes = [total for _, total, _ in Nvml().devices()]
+    except (OSError, NvmlError):
+        return None
+    chosen = [d for d in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if d.strip().isdigit()]
+    return min((sizes[int(d)] for d in chosen if int(d) < len(sizes)), default=min(sizes, default=None))
+
+
+def host_memory() -> int:
+    """Bytes of memory of this machine."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
