@@ -84,6 +84,7 @@ class MemoryConfig:
     tiled_loss: int = 0  # the same
     loss_in_place: bool = True  # the loss's gradient takes the place of the logits, which are then in memory once
     expandable_segments: bool = True  # CUDA: the allocator grows its segments, so less is lost to fragments
+    snapshot: bool = False  # CUDA: note allocations; a rank whose memory runs out leaves them in the run folder
 
 
 @dataclass

@@ -25,6 +25,25 @@ def prepare(device: str) -> None:
     make_importable()
 
 
+#: Files of NCCL's flight recorder in a task's folder, by rank: the last collectives of a rank when one took too long
+COLLECTIVES = "collectives-rank"
+
+
+def record_collectives(folder: Path) -> None:
+    """In a rank, before NCCL is up: when a collective times out, its flight recorder writes into `folder`.
+
+    All of this is torch 2.13's default but for the place, which is ~/.cache/torch (ProcessGroupNCCL.hpp,
+    FlightRecorder.hpp; `torchfrtrace` reads the files). The user's own settings stay.
+    """
+    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+    for new, old, value in (
+        ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE", "2000"),
+        ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE", str(folder / COLLECTIVES)),
+    ):
+        if old not in os.environ:  # torch takes the new name first
+            os.environ.setdefault(new, value)
+
+
 def make_importable() -> None:
     """Processes started from here on find this package, also where it is a checkout that is not installed.
 
