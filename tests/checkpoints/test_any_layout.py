@@ -21,7 +21,7 @@ from tiny_engine import Recipe, engine, steps
 from ulysses_exp.layout import Layout
 from ulysses_exp.rank import checkpoints
 from ulysses_exp.rank.checkpoints import streaming
-from ulysses_exp.rank.checkpoints.digest import digest, to_hex
+from ulysses_exp.rank.checkpoints.digest import digest, digest_where_it_lies, to_hex
 from ulysses_exp.rank.checkpoints.fingerprints import module_digests
 
 # 3 steps of 2 micro steps are no multiple of the 4 that a layout with one replica accumulates
@@ -133,6 +133,38 @@ def disturb(layout: Layout) -> tuple[bool, bool]:
 @pytest.mark.parametrize("name", ["sp2-dp1-z0", "sp2-dp1-z2"])
 def test_a_rank_that_differs_is_found(name: str) -> None:
     assert run(2, disturb, Layout.parse(name)) == [(True, False)] * 2
+
+
+def save_what_comes_to_the_host_late(folder: Path, layout: Layout, waits: bool) -> bool:
+    """As from a device: host memory is filled only when it is waited for, and digests are made where the tensor lies.
+    Each rank is a machine of its own, so that parts are also sent."""
+
+    def to_host(data: list[torch.Tensor], stream: None) -> tuple[list[torch.Tensor], Callable[[], None]]:
+        hosts = [torch.full_like(part, 255) for part in data]
+
+        def arrive() -> None:
+            for host, part in zip(hosts, data, strict=True):
+                host.copy_(part)
+
+        return hosts, arrive if waits else lambda: None
+
+    streaming.to_host = to_host
+    streaming.PIECE_BYTES = 1 << 12  # many rounds
+    streaming._on_this_machine = lambda: [rank == dist.get_rank() for rank in range(dist.get_world_size())]
+    streaming.digest = lambda data, start: digest_where_it_lies(data.view(torch.uint8), start * data.element_size())
+    with engine(layout) as made:
+        steps(made, layout, 0, 1)
+        checkpoints.save(made, folder, layout=layout, step=1, state={})
+        try:
+            loaded = checkpoints.load(made, folder, layout=layout)
+        except checkpoints.CheckpointError:
+            return False
+        return bool(loaded.weights_bit_exact and loaded.optimizer_bit_exact)
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_nothing_is_written_before_it_has_come_from_the_device(waits: bool, tmp_path: Path) -> None:
+    assert run(2, save_what_comes_to_the_host_late, tmp_path / "step1", Layout(1, 2, 3), waits) == [waits] * 2
 
 
 def digests_where_nothing_may_be_gathered(recipe: Recipe) -> tuple[bool, bool, dict[str, str], dict[str, str]]:
