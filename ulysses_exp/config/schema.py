@@ -169,6 +169,8 @@ class LaunchConfig:
     partition: str | None = None
     account: str | None = None
     gpus_per_node: int = 8
+    cpus_per_task: int | None = None  # cores of each rank; null: 8 beside a GPU, what Slurm gives on CPU
+    mem_gb: int | None = None  # of each node; null: what the partition gives
     time_min: int = 60
 
 

@@ -6,6 +6,9 @@ import contextlib
 import os
 from pathlib import Path
 
+#: Set where OMP_NUM_THREADS is this project's and not the user's
+THREADS_FOR_US_TO_SAY = "ULYSSES_EXP_THREADS"
+
 
 def prepare(device: str) -> None:
     """Sets, in this process, what its ranks are to inherit; the user's own settings stay.
@@ -15,7 +18,8 @@ def prepare(device: str) -> None:
     """
     # DeepSpeed's shared-memory all-reduce leaves 69 MB a rank in /dev/shm where LOCAL_SIZE is set (docs/findings.md)
     os.environ.pop("LOCAL_SIZE", None)
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # ranks share the cores
+    if "OMP_NUM_THREADS" not in os.environ:  # ranks share the cores; on accelerators they take their share
+        os.environ |= {"OMP_NUM_THREADS": "1", THREADS_FOR_US_TO_SAY: "1"}
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     # torch's other way to look for GPUs leaves a process whose forks cannot use them

@@ -21,6 +21,7 @@ from ulysses_exp.launch.environment import record_collectives
 from ulysses_exp.launch.stopping import Stopped
 from ulysses_exp.launch.task import Task
 from ulysses_exp.model.attention import upstream
+from ulysses_exp.rank.cores import bind_beside, threads
 from ulysses_exp.rank.memory_limit import held, limited
 from ulysses_exp.rank.metrics import memory_snapshot
 from ulysses_exp.rank.session import Session, open_session
@@ -32,7 +33,7 @@ def run(task: Task, rank: int, store: dist.Store) -> None:
 
     After an error nothing is taken down: others may be gone, and taking down would wait for them.
     """
-    torch.set_num_threads(_threads())
+    torch.set_num_threads(threads(device_of(task.config)))
     with contextlib.ExitStack() as built:
         try:
             heartbeat.beat("connecting")
@@ -78,11 +79,6 @@ def _session(task: Task, rank: int) -> Iterator[Session]:
                 yield session
 
 
-def _threads() -> int:
-    """Ranks share the cores: one thread each unless the environment says otherwise."""
-    return int(os.environ.get("OMP_NUM_THREADS", "1"))
-
-
 @contextlib.contextmanager
 def _process_group(task: Task, rank: int, store: dist.Store) -> Iterator[None]:
     device = device_of(task.config)
@@ -91,6 +87,7 @@ def _process_group(task: Task, rank: int, store: dist.Store) -> Iterator[None]:
             os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
         record_collectives(task.results)
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        bind_beside(torch.cuda.current_device())
     timeout = timedelta(seconds=task.config.launch.timeout_s)
     store.set_timeout(timeout)
     without_operators_of_its_own()
