@@ -131,11 +131,11 @@ def test_limits_are_told(asked: Asked, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_share_of_a_control_group(asked: Asked, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(machine, "_control_groups", lambda: [tmp_path])
+    monkeypatch.setattr(machine.machine, "control_groups", lambda: [tmp_path])
     for name, text in (("cpu.max", "50000 100000\n"), ("memory.max", f"{300 * 2**20}\n"), ("memory.current", "0\n")):
         (tmp_path / name).write_text(text)
     found = of(asked, "machine")
-    assert machine.cores() == 0.5 and "turns" in found["cores"].said
+    assert machine.machine.cores() == 0.5 and "turns" in found["cores"].said
     assert found["memory"].state == "warning" and "300 MiB that the control group allows" in found["memory"].said
     (tmp_path / "memory.max").write_text("max\n")
     assert of(asked, "machine")["memory"].state == "ok"

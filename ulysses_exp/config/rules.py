@@ -87,11 +87,15 @@ def check(config: Config) -> None:
         raise ConfigError(
             "memory.offload_activations", "nothing is checkpointed", "set memory.checkpointing=non_reentrant"
         )
+    here = c.launch.name == "local"  # else the ranks run on machines that this one knows nothing of
+    if here and device_of(c) == "cpu" and c.memory.snapshot:
+        raise ConfigError(
+            "memory.snapshot", "notes what CUDA's allocator does, and the ranks run on CPU", "set memory.snapshot=false"
+        )
     if c.sp.attention == "eager":
         raise ConfigError(
             "sp.attention", "eager needs an O(n^2) mask, which Ulysses cannot shard", "set sp.attention=sdpa"
         )
-    here = c.launch.name == "local"  # else the ranks run on machines that this one knows nothing of
     if here and device_of(c) == "cpu" and "flash" in c.sp.attention:
         raise ConfigError("sp.attention", f"{c.sp.attention} needs a GPU", "set sp.attention=sdpa")
     if here and device_of(c) == "cpu" and c.sp.attention == "flex_attention" and any(s.trains for s in of_stages):

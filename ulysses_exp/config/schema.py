@@ -84,6 +84,7 @@ class MemoryConfig:
     tiled_loss: int = 0  # the same
     loss_in_place: bool = True  # the loss's gradient takes the place of the logits, which are then in memory once
     expandable_segments: bool = True  # CUDA: the allocator grows its segments, so less is lost to fragments
+    snapshot: bool = False  # CUDA: note allocations; a rank whose memory runs out leaves them in the run folder
 
 
 @dataclass
@@ -168,6 +169,8 @@ class LaunchConfig:
     partition: str | None = None
     account: str | None = None
     gpus_per_node: int = 8
+    cpus_per_task: int | None = None  # cores of each rank; null: 8 beside a GPU, what Slurm gives on CPU
+    mem_gb: int | None = None  # of each node; null: what the partition gives
     time_min: int = 60
 
 
