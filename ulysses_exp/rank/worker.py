@@ -34,7 +34,7 @@ def run(task: Task, rank: int, store: dist.Store) -> None:
     with contextlib.ExitStack() as built:
         try:
             heartbeat.beat("connecting")
-            built.enter_context(_process_group(task, rank, store))
+            built.enter_context(process_group(task, rank, store))
             heartbeat.beat("building")
             session = built.enter_context(_session(task, rank))
             if rank == 0:
@@ -81,7 +81,7 @@ def _threads() -> int:
 
 
 @contextlib.contextmanager
-def _process_group(task: Task, rank: int, store: dist.Store) -> Iterator[None]:
+def process_group(task: Task, rank: int, store: dist.Store) -> Iterator[None]:
     device = device_of(task.config)
     if device == "cuda":
         if task.config.memory.expandable_segments:  # read when CUDA starts, which it has not in this process
