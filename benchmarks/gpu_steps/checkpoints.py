@@ -33,6 +33,8 @@ def run(setting: Setting, part: str) -> Iterator[Row]:
 
 
 def rates(session: Session) -> Iterator[Row]:
+    import torch.distributed as dist
+
     from ulysses_exp.rank import checkpoints
     from ulysses_exp.rank.step import optimizer_step
 
@@ -49,6 +51,9 @@ def rates(session: Session) -> Iterator[Row]:
         began = time.perf_counter()
         checkpoints.load(session.engine, target, layout=session.layout)
         loaded = time.perf_counter() - began
+        began = time.perf_counter()
+        checkpoints.weights_identical(session.engine, dist.group.WORLD)
+        compared = time.perf_counter() - began
         yield {
             "layout": session.layout.name,
             "attempt": attempt,
@@ -58,6 +63,7 @@ def rates(session: Session) -> Iterator[Row]:
             "save, GB/s": size / saved / 1e9,
             "load_s": loaded,
             "load, GB/s": size / loaded / 1e9,
+            "weights compared_s": compared,
             "the disk, GB/s": min(size, 2**31) / _written(session.task.folder, min(size, 2**31)) / 1e9,
         }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from collections.abc import Iterator
 
 from gpu_steps import jobs, ranks
 from gpu_steps.lengths import measured, shape
+from gpu_steps.out_of_memory import TOO_MUCH, little_memory, told
 from gpu_steps.step import Row, Setting
 
 MOST = 8  # of tiny_llama's heads
@@ -16,7 +18,7 @@ MOST = 8  # of tiny_llama's heads
 
 def parts(setting: Setting) -> list[str]:
     real = ["parity", "end to end", "collectives", "speed", "out of memory"]
-    return setting.pick(real, ["parity", "collectives", "speed"])
+    return setting.pick(real, ["parity", "collectives", "speed", "out of memory"])
 
 
 def run(setting: Setting, part: str) -> Iterator[Row]:
@@ -28,28 +30,42 @@ def run(setting: Setting, part: str) -> Iterator[Row]:
         overrides = shape(setting, 8, "memory=alst", f"sp.size={sp}", f"train.seq_len={lengths[0]}")
         for row in ranks.rows(setting, "speed", ranks.configured(setting, *overrides), measured, lengths, 60.0):
             yield {"part": part, "sp": sp, **row}
+    elif part == "out of memory":
+        tokens = setting.pick(32_768, 8_192) * sp
+        with first_gpu_full(setting):
+            job = jobs.run(
+                setting, "out-of-memory", f"sp.size={sp}", f"train.seq_len={tokens}", "launch.timeout_s=60", *TOO_MUCH,
+                f"model.architecture.max_position_embeddings={tokens}",
+                before=little_memory if setting.pretend else None,
+            )  # fmt: skip
+        yield {"part": part, "sp": sp, **told(job)}
     else:
-        more = {
-            "parity": ["stages=[parity]", "zero.stage=3", "optim=sgd"],
-            "end to end": ["zero.stage=3", "train.steps=5"],
-            "out of memory": [
-                "stages=[train]", "train.seq_len=4194304", "model.architecture.vocab_size=131072", "data=synthetic",
-                "model.architecture.max_position_embeddings=4194304", "train.global_batch_size=1",
-            ],
-        }[part]  # fmt: skip
-        job = jobs.run(setting, part.replace(" ", "-"), f"sp.size={sp}", *more)
-        said = str(job.results.get("error"))
-        told = part == "out of memory" and job.code == 1 and "out of memory" in said
+        more = ["stages=[parity]", "optim=sgd"] if part == "parity" else ["train.steps=5"]
+        job = jobs.run(setting, part.replace(" ", "-"), f"sp.size={sp}", "zero.stage=3", *more)
         parity = job.stage("parity")
         yield {
             "part": part,
             "sp": sp,
-            "became": said if told else job.results.get("status"),
+            "became": job.results.get("status"),
             "relative difference of loss": parity.get("max_rel_loss_diff"),
             "of weights": parity.get("max_rel_weight_diff"),
             "all_s": job.seconds,
-            "trouble": None if told else job.trouble,
+            "trouble": job.trouble,
         }
+
+
+@contextlib.contextmanager
+def first_gpu_full(setting: Setting) -> Iterator[None]:
+    """Within, the first GPU has 4 GiB left: of a job's ranks one alone runs out of memory, the others wait for it."""
+    if setting.pretend:
+        yield
+        return
+    import torch
+
+    free, _ = torch.cuda.mem_get_info(0)
+    taken = torch.empty(free - 4 * 2**30, dtype=torch.uint8, device="cuda:0")
+    yield
+    del taken
 
 
 def collectives(setting: Setting, ranks: int) -> Iterator[Row]:

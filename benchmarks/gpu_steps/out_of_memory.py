@@ -14,27 +14,32 @@ PRETENDED_MEMORY = 4 * 2**30  # bytes of data that a process may have
 TOO_MUCH = ("model.architecture.vocab_size=131072", "data=synthetic", "train.global_batch_size=1", "stages=[train]")
 
 
+def little_memory() -> None:
+    """Pretended: for `before` of a job."""
+    resource.setrlimit(resource.RLIMIT_DATA, (PRETENDED_MEMORY, PRETENDED_MEMORY))
+
+
 def parts(setting: Setting) -> list[str]:
     return setting.pick(["1", "2"], ["1"])
 
 
 def run(setting: Setting, part: str) -> Iterator[Row]:
     """Args: part: how many ranks, which share a GPU."""
-
-    def little_memory() -> None:
-        resource.setrlimit(resource.RLIMIT_DATA, (PRETENDED_MEMORY, PRETENDED_MEMORY))
-
     tokens = setting.pick(524_288, 16_384)
     job = jobs.run(
         setting, f"{part}-ranks", f"sp.size={part}", f"train.seq_len={tokens}", "launch.backend=gloo", *TOO_MUCH,
         f"model.architecture.max_position_embeddings={tokens}", one_gpu=True,
         before=little_memory if setting.pretend else None,
     )  # fmt: skip
+    yield {"ranks": int(part), **told(job)}
+
+
+def told(job: jobs.Job) -> Row:
+    """What became of a job that was to run out of memory."""
     said = str(job.results.get("error"))
     records = job.folder.glob("ranks/*/error-rank*.json")
     first = min((json.loads(path.read_text())["time"] for path in records), default=None)
-    yield {
-        "ranks": int(part),
+    return {
         "exit code": job.code,
         "ended after_s": job.seconds,
         "after the first error_s": job.ended - first if first else None,
