@@ -26,7 +26,7 @@ from losses import WAYS, measure  # noqa: E402
 
 from ulysses_exp.report.units import of_bytes, of_seconds  # noqa: E402
 
-SIZES = ((1024, 512, 32_768), (512, 256, 131_072))  # tokens, hidden size, vocabulary
+SIZES = ((2048, 1024, 32_768),)  # tokens, hidden size, vocabulary
 
 
 def _measured(sending: Connection, way: str, arguments: dict[str, Any]) -> None:
@@ -73,9 +73,9 @@ def document(report: dict[str, Any], rounds: int) -> str:
         "# torch's linear_cross_entropy beside this project's losses",
         "",
         "`python benchmarks/linear_cross_entropy.py`: from hidden states to the loss and back, CPU, one thread, torch "
-        f"{report['torch']}, transformers {report['transformers']}; processor time, the least of {rounds} rounds. "
-        "Memory is what comes on top of weights, inputs and their gradients. Errors are relative to fp32 by "
-        "transformers, of the loss, the hidden states' gradient and the head's.",
+        f"{report['torch']}, transformers {report['transformers']}; the least of {rounds} rounds, "
+        "on a machine that others used too. Memory is what comes on top of weights, inputs and their gradients. Errors "
+        "are relative to fp32 by transformers, of the loss, the hidden states' gradient and the head's.",
     ]
     groups = dict.fromkeys((r["tokens"], r["hidden"], r["vocabulary"], r["dtype"]) for r in report["rows"])
     for tokens, hidden, vocabulary, dtype in groups:
@@ -85,7 +85,7 @@ def document(report: dict[str, Any], rounds: int) -> str:
             f"## {tokens:,} tokens, hidden size {hidden:,}, vocabulary {vocabulary:,}, {dtype} "
             f"(logits: {of_bytes(logits)})",
             "",
-            "| way | processor time | memory | error of the loss | of the gradient | of the head's gradient |",
+            "| way | time | memory | error of the loss | of the gradient | of the head's gradient |",
             "| --- | ---: | ---: | ---: | ---: | ---: |",
         ]
         for r in report["rows"]:

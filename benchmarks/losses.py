@@ -87,12 +87,11 @@ def measure(
     took: list[float] = []
     for _ in range(rounds):
         reset_peak(place)
-        clock = time.perf_counter if device == "cuda" else time.process_time  # which other programs disturb less
-        before, began = peak(place), clock()
+        before, began = peak(place), time.perf_counter()
         _numbers(loss, states, labels, model)
         if device == "cuda":
             torch.cuda.synchronize()
-        took.append(clock() - began)
+        took.append(time.perf_counter() - began)
         more = peak(place) - before
     row: dict[str, Any] = {"seconds": min(took), "more_bytes": more}
     if right is not None:
