@@ -83,6 +83,7 @@ WRONG = [
     (["sp.exchange=nccl"], "sp.exchange"),
     (["tracker.mode=on"], "tracker.mode"),
     (["launch=ssh"], "launch"),
+    (["launch.backend=mpi"], "launch.backend"),
     (["device=tpu"], "device"),
     (["experiment=none_such"], "experiment"),
     (["data=packed", "data.padding=left"], "data.padding"),
@@ -168,6 +169,7 @@ def test_gpus_that_are_not_there(monkeypatch):
         monkeypatch.setattr(f"ulysses_exp.config.{place}.accelerators", lambda: 2)
     with pytest.raises(ConfigError, match=r"sp\.size: .*needs 4 GPUs, 2 are present"):
         composed("sp.size=4", "device=cuda")
+    composed("sp.size=4", "device=cuda", "launch.backend=gloo")  # where they are shared
 
 
 def test_compiling_without_a_compiler_is_refused(monkeypatch, tmp_path):

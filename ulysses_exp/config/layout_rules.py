@@ -46,11 +46,12 @@ def check_layout(config: Config, layout: Layout, key: str) -> None:
             f"{batch} sequences do not divide over dp {layout.dp} x micro batch {micro}",
             f"set train.global_batch_size to a multiple of {share}",
         )
-    if config.launch.name == "local" and device_of(config) == "cuda" and layout.world > accelerators():
+    alone = config.launch.backend == "auto"  # NCCL refuses two ranks on one GPU
+    if config.launch.name == "local" and device_of(config) == "cuda" and alone and layout.world > accelerators():
         raise ConfigError(
             key,
             f"{layout.name} needs {layout.world} GPUs, {accelerators()} are present",
-            "set device=cpu, or smaller sp.size and dp.size",
+            "set device=cpu, smaller sp.size and dp.size, or launch.backend=gloo to share them",
         )
     if config.launch.name == "attached" and layout.world > (there := attached_ranks() or layout.world):
         raise ConfigError(

@@ -71,6 +71,7 @@ def check(config: Config) -> None:
     _choice("train.on_nonfinite", c.train.on_nonfinite, ("stop", "skip", "keep"))
     _choice("tracker.mode", c.tracker.mode, ("offline", "online", "disabled"))
     _choice("launch.start", c.launch.start, ("fork", "spawn"))
+    _choice("launch.backend", c.launch.backend, ("auto", "gloo"))
     _choice("launch.cluster", c.launch.cluster, ("slurm", "local"))
     _choice("sweep.rerun", c.sweep.rerun, ("changed", "failed", "all"))
     _choice("data.padding", c.data.padding, ("none", "left", "right"))

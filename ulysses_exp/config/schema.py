@@ -164,6 +164,7 @@ class TrackerConfig:
 class LaunchConfig:
     name: str = MISSING
     start: str = "fork"  # ranks as forks of a process that has imported what they need; spawn: each imports it itself
+    backend: str = "auto"  # between GPUs NCCL; gloo: by way of host memory, and ranks may share a GPU
     timeout_s: int = 600  # ranks that neither compute nor give a sign of life for longer end the job
     cluster: str = "slurm"  # submitit's: slurm, or local to try a submission on this machine
     partition: str | None = None
