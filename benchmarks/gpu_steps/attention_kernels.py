@@ -45,7 +45,7 @@ def kernel(name: str) -> Attend:
 
 def core_sdpa(q: Tensor, k: Tensor, v: Tensor, documents: Documents, window: int | None) -> Tensor:
     """What `sp.attention=sdpa` runs."""
-    return core.sdpa(q, k, v, documents, window=window)
+    return core.torchs(q, k, v, core.Plan(documents), core.Scores(window=window))
 
 
 def _by(backend: SDPBackend) -> Attend:
