@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from ulysses_exp.config import stages
@@ -42,8 +42,22 @@ _SIZES = {
     "max_position_embeddings": 2**40,
 }
 
-#: Layers that Ulysses shards; layers without attention are others
-_SHARDED_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
+#: Types of layers of attention, which Ulysses shards
+SHARDED_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
+
+#: Types of layers whose tokens do not see each other
+WITHOUT_MIXING = {"mlp", "moe"}
+
+#: What a modeling file of transformers calls the functions that mix tokens without attention and are served by
+#: `model.mixers`; whether all layers of a model are, is seen where it is built
+MIXING = {
+    "causal_conv1d_fn",
+    "torch_chunk_gated_delta_rule",
+    "chunk_kimi_delta_attention",
+    "mamba2_chunk_scan",
+    "mamba_selective_scan",
+    "_rnn_scan",
+}
 
 
 def check_given(config: Config, known: Mapping[str, Any]) -> None:
@@ -164,14 +178,15 @@ def check_causal(config: Config, known: Mapping[str, Any], fills_gaps: bool) -> 
         raise ConfigError(key_of(config, name), "a token would see those after it", "leave it out")
 
 
-def why_not_sharded(name: str, layer_types: Any) -> str | None:
+def why_not_sharded(name: str, layer_types: Any, mixing: Collection[str] = ()) -> str | None:
     """Why the sequences of a model cannot be shared out over ranks; None where they can.
 
     Args:
         name: of the model, for the reason.
         layer_types: as configured, None where all are alike.
+        mixing: those of `MIXING` that the modeling file defines.
     """
-    strange = set(layer_types or ()) - _SHARDED_LAYERS
-    if strange:
+    strange = set(layer_types or ()) - SHARDED_LAYERS
+    if strange and not mixing:
         return f"{name} has layers of type {', '.join(sorted(strange))}, which Ulysses does not shard"
     return None

@@ -27,14 +27,23 @@ class Ulysses:
         mpu: what `deepspeed.initialize(mpu=...)` takes; None at sp 1.
         disable_in_eval: a model in eval mode runs the core attention on whole sequences, without any collective. May
             be switched between forwards.
+        mixers: modules that mix tokens without attention, and run document by document and over slices.
         attention_calls: calls of the patched attention function by this model so far.
     """
 
-    def __init__(self, mpu: Any = None, sp: int = 1, disable_in_eval: bool = True, attention: str | None = None):
+    def __init__(
+        self,
+        mpu: Any = None,
+        sp: int = 1,
+        disable_in_eval: bool = True,
+        attention: str | None = None,
+        mixers: int = 0,
+    ):
         self.attention = attention
         self.mpu = mpu
         self.sp = sp
         self.disable_in_eval = disable_in_eval
+        self.mixers = mixers
         self.attention_calls = 0
         self._announced: Announced | None = None
 
@@ -49,7 +58,7 @@ class Ulysses:
         Raises:
             ValueError: shapes do not fit, or padding lies inside a document.
         """
-        if self.attention is None:
+        if self.attention is None and not self.mixers:
             return
         whole = documents(position_ids, attention_mask)
         self._announced = Announced(whole, position_ids, attention_mask is not None)

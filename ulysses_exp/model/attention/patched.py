@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,14 +23,11 @@ from ulysses_exp.model.attention.core import Core, Plan
 from ulysses_exp.model.attention.documents import Documents, documents
 from ulysses_exp.model.attention.handle import Announced, Ulysses
 from ulysses_exp.model.attention.own_name import transformers_own
+from ulysses_exp.model.attention.repeats import Repeats
+from ulysses_exp.model.attention.way import Way
 
 
-@dataclass(frozen=True)
-class _Way:
-    """How a forward runs."""
-
-    plan: Plan | None  # None: as transformers does it
-    shared: bool  # over slices
+_CACHES = ("past_key_values", "cache_params")
 
 
 class Patched:
@@ -44,11 +40,24 @@ class Patched:
     Args:
         implementation: transformers' name of the attention that the model was built with.
         core: the attention over whole sequences.
+        attentions: attention calls that a forward makes at least; None: one a layer.
+        mixers: the modules that mix tokens otherwise and ask `mixer_way`.
     """
 
-    def __init__(self, handle: Ulysses, model: PreTrainedModel, implementation: str, core: Core):
+    def __init__(
+        self,
+        handle: Ulysses,
+        model: PreTrainedModel,
+        implementation: str,
+        core: Core,
+        attentions: int | None = None,
+        mixers: Sequence[torch.nn.Module] = (),
+    ):
         self.handle, self.model, self.implementation, self.core = handle, model, implementation, core
-        self.layers = model.config.get_text_config().num_hidden_layers
+        self.attentions = model.config.get_text_config().num_hidden_layers if attentions is None else attentions
+        self.mixers = len(mixers)
+        self.mixed: set[int] = set()  # mixers that the forward under way has called
+        self.repeats = Repeats(model)
         self.modules = {id(m) for m in model.modules()}
         self.exchanged: Callable[..., Any] | None = None
         self.micro_batch_size: int | None = None
@@ -57,8 +66,8 @@ class Patched:
         # activation checkpointing calls the attention again in backward, after other forwards: the position_ids that
         # it passes on say which forward it repeats
         self.plans = WeakTensorKeyDictionary()
-        self.latest: _Way | None = None
-        self.forward: _Way | None = None  # of the forward under way
+        self.latest: Way | None = None
+        self.forward: Way | None = None  # of the forward under way
         self.generating = False
         self.calls_before = 0
 
@@ -112,14 +121,15 @@ class Patched:
             if groups is not None:
                 module.num_key_value_groups = groups
 
-    def _way(self, module: torch.nn.Module, position_ids: Tensor | None) -> _Way | None:
+    def _way(self, module: torch.nn.Module, position_ids: Tensor | None) -> Way | None:
         """Of the forward that this call belongs to; None: as transformers does it."""
         if id(module) not in self.modules:  # a model made from this one's configuration
             return None
         self.handle.attention_calls += 1
         way = self.forward
         if way is None:  # a backward recomputes a forward
-            way = self.plans.get(position_ids) if position_ids is not None else None
+            way = self.repeats.way
+            way = self.plans.get(position_ids) if way is None and position_ids is not None else way
             way = self.latest if way is None else way
             if way is None and (self.exchanged is None or (self.handle.disable_in_eval and not module.training)):
                 return None  # a part of the model, called by itself
@@ -130,6 +140,17 @@ class Patched:
         elif position_ids is not None and position_ids not in self.plans:
             self.plans[position_ids] = way
         return way if way.plan is not None else None
+
+    def mixer_way(self, mixer: torch.nn.Module) -> Way | None:
+        """Of the forward that a call of `mixer` belongs to; None: as transformers does it."""
+        self.mixed.add(id(mixer))
+        way = self.repeats.way if self.forward is None else self.forward
+        if way is None and torch.is_grad_enabled():
+            raise RuntimeError(
+                f"{type(mixer).__name__} was called outside a forward of the registered model, or recomputed by other "
+                "means than gradient_checkpointing_enable; call the model, not its parts"
+            )
+        return way
 
     def _causal(self, module: torch.nn.Module, kwargs: dict[str, Any]) -> bool:
         causal = kwargs.get("is_causal")
@@ -193,6 +214,7 @@ class Patched:
             del self.model.generate
             before.remove()
             after.remove()
+            self.repeats.forget()
 
     def _before(self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         announced, self.handle._announced = self.handle._announced, None
@@ -210,21 +232,26 @@ class Patched:
         else:
             self.forward, kwargs = self._whole(kwargs, announced)
         self.latest = self.forward
+        if self.mixers:
+            self.mixed = set()
+            self.repeats.follow(self.forward)
+            if not self.forward.untouched:
+                kwargs = _without_cache(kwargs)
         return args, kwargs
 
-    def _whole(self, kwargs: dict[str, Any], announced: Announced | None) -> tuple[_Way, dict[str, Any]]:
+    def _whole(self, kwargs: dict[str, Any], announced: Announced | None) -> tuple[Way, dict[str, Any]]:
         """Every rank on its own: whole sequences, of any shape."""
         tokens = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
         positions, mask = kwargs.get("position_ids"), kwargs.get("attention_mask")
-        cache = kwargs.get("past_key_values")
+        cache = next((kwargs[name] for name in _CACHES if kwargs.get(name) is not None), None)
         said = [x for x in (positions, mask) if x is not None]
         if (
             self.generating
             or tokens is None
-            or (cache is not None and cache.get_seq_length() > 0)
+            or (cache is not None and (self.mixers or cache.get_seq_length() > 0))
             or any(not isinstance(x, Tensor) or x.dim() != 2 or x.shape[1] != tokens.shape[1] for x in said)
         ):
-            return _Way(None, False), kwargs
+            return Way(None), kwargs
         batch, length = tokens.shape[:2]
         if announced is not None and (announced.documents.batch, announced.documents.seq_len) == (batch, length):
             whole = announced.documents
@@ -235,11 +262,11 @@ class Patched:
             whole = documents(row.expand(batch, -1), None if mask is None else mask.cpu())
         if positions is not None:
             kwargs["position_ids"] = positions.view_as(positions)  # a tensor of its own for every forward
-        return _Way(Plan(whole), False), kwargs
+        return Way(Plan(whole)), kwargs
 
     def _slices(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], announced: Announced | None
-    ) -> tuple[_Way, dict[str, Any]]:
+    ) -> tuple[Way, dict[str, Any]]:
         tokens = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
         tokens = args[0] if tokens is None and args else tokens
         if tokens is None:
@@ -276,20 +303,33 @@ class Patched:
             else:
                 positions = torch.arange(mine.start, mine.stop, device=device).expand(shape)
         positions = positions.view_as(positions)  # a tensor of its own for every forward
-        return _Way(Plan(whole), True), kwargs | {"position_ids": positions, "attention_mask": None}
+        return Way(Plan(whole), self.group), kwargs | {"position_ids": positions, "attention_mask": None}
 
     def _after(self, model: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
         way, self.forward = self.forward, None
         calls = self.handle.attention_calls - self.calls_before
-        if way is not None and way.plan is not None and output is not None and calls < self.layers:
-            raise RuntimeError(
-                f"{type(model).__name__} has {self.layers} layers and called the patched attention {calls} times: its "
-                "tokens do not see each other as they should; set sp.size=1 and sp.attention=transformers, or a model "
-                "whose every layer uses ALL_ATTENTION_FUNCTIONS"
-            )
+        if way is None or way.plan is None or output is None:
+            return
+        for expected, found, what in (
+            (self.attentions, calls, "called the patched attention"),
+            (self.mixers, len(self.mixed), "of them called what mixes tokens"),
+        ):
+            if found < expected:
+                raise RuntimeError(
+                    f"{type(model).__name__} has {expected} layers and {what} {found} times: its tokens do not see "
+                    "each other as they should; set sp.size=1 and sp.attention=transformers, or a model whose every "
+                    "layer uses ALL_ATTENTION_FUNCTIONS"
+                )
 
 
-def _plain(way: _Way | None) -> bool:
+def _without_cache(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Raises ValueError where a cache is asked for."""
+    if kwargs.get("use_cache") or any(kwargs.get(name) is not None for name in _CACHES):
+        raise ValueError("a KV cache in packed documents or under sequence parallelism; set use_cache=False")
+    return kwargs | {"use_cache": False}
+
+
+def _plain(way: Way | None) -> bool:
     return way is None or way.plan is None or way.plan.documents.plain
 
 

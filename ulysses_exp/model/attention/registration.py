@@ -20,8 +20,9 @@ from ulysses_exp.model.attention import core, upstream
 from ulysses_exp.model.attention.exchange import FusedUlyssesAttention
 from ulysses_exp.model.attention.groups import groups
 from ulysses_exp.model.attention.handle import Ulysses
-from ulysses_exp.model.attention.own_name import interchangeable, own_name
+from ulysses_exp.model.attention.own_name import interchangeable, own_name, transformers_own
 from ulysses_exp.model.attention.patched import Patched
+from ulysses_exp.model.mixers import binding
 
 
 @contextmanager
@@ -34,7 +35,7 @@ def ulysses(
     micro_batch_size: int,
     disable_in_eval: bool = True,
 ) -> Iterator[Ulysses]:
-    """Runs `model`'s attention sequence-parallel over groups of `sp` contiguous ranks while the context is open.
+    """Runs `model` sequence-parallel over groups of `sp` contiguous ranks while the context is open.
 
     Every rank gives the model its slice of each sequence, [batch, seq_len / sp], with global position_ids (without
     any, positions run through the sequence, as in the unpatched model) and, if padded, its slice of the 2D mask.
@@ -48,7 +49,8 @@ def ulysses(
         model: built with any attn_implementation.
         attention: sdpa (torch's own kernels), flex_attention, flash_attention_2, _3 or _4, or the kernel of a hub that
             the model was built with; `auto`: the best of these that is installed for this model and device;
-            `transformers`, at sp 1: the model is left as it is. What needs a GPU has not been run: none was at hand.
+            `transformers`, at sp 1: attention is left as it is, and of what mixes tokens otherwise (`model.mixers`) is
+            changed alone that packed documents stay apart, which they do not in transformers. What needs a GPU has not been run: none was at hand.
         exchange: `deepspeed` (upstream's all-to-alls, for heads that divide) or `fused`
             (`exchange.FusedUlyssesAttention`).
         micro_batch_size: sequences in a batch; `fused` takes any.
@@ -59,17 +61,24 @@ def ulysses(
     """
     if exchange not in ("deepspeed", "fused"):
         raise ValueError(f"sp.exchange={exchange!r} is not a choice; set deepspeed or fused")
-    why = _why_not(model, sp, exchange)
+    mixers = binding.mixers(model)
+    why = _why_not(model, sp, exchange, bool(mixers))
     if sp == 1 and (why is not None or attention == "transformers"):
-        yield Ulysses(disable_in_eval=disable_in_eval)
+        if why is None and mixers:
+            with _mixers_alone(model, mixers, disable_in_eval) as handle:
+                yield handle
+        else:
+            yield Ulysses(disable_in_eval=disable_in_eval)
         return
     if why is not None:
         raise ValueError(f"{why}; set sp.size=1")
     name = _resolved(model, attention)
-    handle = Ulysses(sp=sp, disable_in_eval=disable_in_eval, attention=name)
     run = core.around(name, ALL_ATTENTION_FUNCTIONS[name])
-    patched = Patched(handle, model, model.config._attn_implementation, run)
+    handle = Ulysses(sp=sp, disable_in_eval=disable_in_eval, attention=name, mixers=len(mixers))
+    attentions = len(binding.attentions(model)) if mixers else None
+    patched = Patched(handle, model, model.config._attn_implementation, run, attentions, mixers)
     with ExitStack() as stack:
+        stack.enter_context(binding.bound(model, patched.mixer_way))
         own = stack.enter_context(own_name(model, patched.attention, patched.mask))
         if sp > 1 and exchange == "fused":
             made = stack.enter_context(groups(sp))
@@ -91,16 +100,25 @@ def ulysses(
         yield handle
 
 
-def _why_not(model: PreTrainedModel, sp: int, exchange: str) -> str | None:
-    """Why the core attention cannot serve this model; None where nothing is known against it."""
+@contextmanager
+def _mixers_alone(model: PreTrainedModel, mixers: list[torch.nn.Module], disable_in_eval: bool) -> Iterator[Ulysses]:
+    """Attention as transformers has it, on whole sequences; what mixes tokens otherwise sees its own document."""
+    handle = Ulysses(disable_in_eval=disable_in_eval, mixers=len(mixers))
+    patched = Patched(handle, model, model.config._attn_implementation, transformers_own, 0, mixers)
+    with binding.bound(model, patched.mixer_way), patched.hooks():
+        yield handle
+
+
+def _why_not(model: PreTrainedModel, sp: int, exchange: str, mixers: bool) -> str | None:
+    """Why this model cannot be served; None where nothing is known against it."""
     kind, text = type(model).__name__, model.config.get_text_config()
-    why = why_not_sharded(kind, getattr(text, "layer_types", None))
+    why = binding.why_not_served(model) if mixers else why_not_sharded(kind, getattr(text, "layer_types", None))
     if why is not None:
         return why
-    if not interchangeable(model):
+    if not mixers and not interchangeable(model):
         return f"{kind} brings its own attention code, which Ulysses does not reach"
-    heads, kv_heads = text.num_attention_heads, getattr(text, "num_key_value_heads", None)
     if exchange == "deepspeed" and sp > 1:
+        heads, kv_heads = getattr(text, "num_attention_heads", 0), getattr(text, "num_key_value_heads", None)
         if kv_heads is None:
             return f"{kind} is configured without num_key_value_heads, which sp.exchange=deepspeed reads"
         if not HeadShares(sp, heads).even(kv_heads):

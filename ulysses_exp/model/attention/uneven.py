@@ -70,7 +70,7 @@ def _heads(routes: Routes, rank: int) -> tuple[slice, slice]:
     return slice(*routes.shares.run(rank)), slice(*routes.shares.kv_run(rank, routes.kv_heads))
 
 
-def _exchange(
+def exchange_parts(
     like: Tensor, parts: list[list[Tensor]], shapes: list[list[torch.Size]], group: ProcessGroup
 ) -> list[list[Tensor]]:
     """Sends `parts[r]` to rank r; what came from rank r has the shapes `shapes[r]`. Tensors are as `like`."""
@@ -120,7 +120,7 @@ class _ToHeads(torch.autograd.Function):
             of_rank = [query[:, heads, place] for place in routes.queries(me, rank)]
             parts.append([*of_rank, key[:, kv], value[:, kv]])
             shapes.append(_shapes(batch, (mine, mine_kv), routes.queries(rank, me), routes.tokens, widths))
-        got = _exchange(query, parts, shapes, group)
+        got = exchange_parts(query, parts, shapes, group)
         places = _ranges(routes, me)
         total = sum(p.stop - p.start for _, p in _places(places))
         out = query.new_empty(batch, mine.stop - mine.start, total, widths[0])
@@ -142,7 +142,7 @@ class _ToHeads(torch.autograd.Function):
             parts.append([*(of_query[:, :, p] for p in places[rank]), of_key[:, :, slice_of], of_value[:, :, slice_of]])
             heads, kv = _heads(routes, rank)
             shapes.append(_shapes(batch, (heads, kv), routes.queries(me, rank), routes.tokens, widths))
-        got = _exchange(of_query, parts, shapes, group)
+        got = exchange_parts(of_query, parts, shapes, group)
         sizes = (routes.shares.heads, routes.kv_heads, routes.kv_heads)
         dq, dk, dv = (of_query.new_zeros(batch, routes.tokens, n, w).transpose(1, 2)
                       for n, w in zip(sizes, widths, strict=True))  # fmt: skip
@@ -169,7 +169,7 @@ class _ToTokens(torch.autograd.Function):
         for rank in range(routes.sp):
             first, last = routes.shares.run(rank)
             shapes.append([torch.Size((batch, p.stop - p.start, last - first, dim)) for p in routes.queries(me, rank)])
-        got = _exchange(context, parts, shapes, group)
+        got = exchange_parts(context, parts, shapes, group)
         out = context.new_empty(batch, routes.tokens, routes.shares.heads, dim)
         for rank in range(routes.sp):
             heads = slice(*routes.shares.run(rank))
@@ -192,7 +192,7 @@ class _ToTokens(torch.autograd.Function):
             [torch.Size((batch, p.stop - p.start, last - first, dim)) for p in routes.queries(rank, me)]
             for rank in range(routes.sp)
         ]
-        got = _exchange(grad, parts, shapes, group)
+        got = exchange_parts(grad, parts, shapes, group)
         places = _ranges(routes, me)
         total = sum(p.stop - p.start for _, p in _places(places))
         out = grad.new_empty(batch, total, last - first, dim)
