@@ -26,7 +26,6 @@ from ulysses_exp.model.attention.own_name import transformers_own
 from ulysses_exp.model.attention.repeats import Repeats
 from ulysses_exp.model.attention.way import Way
 
-
 _CACHES = ("past_key_values", "cache_params")
 
 
@@ -39,7 +38,7 @@ class Patched:
 
     Args:
         implementation: transformers' name of the attention that the model was built with.
-        core: the attention over whole sequences.
+        core: the attention over whole sequences; None: attention is not asked of here.
         attentions: attention calls that a forward makes at least; None: one a layer.
         mixers: the modules that mix tokens otherwise and ask `mixer_way`.
     """
@@ -49,7 +48,7 @@ class Patched:
         handle: Ulysses,
         model: PreTrainedModel,
         implementation: str,
-        core: Core,
+        core: Core | None,
         attentions: int | None = None,
         mixers: Sequence[torch.nn.Module] = (),
     ):
@@ -110,6 +109,7 @@ class Patched:
         assert way.plan is not None
         plan = way.plan.chunked(llama4.chunk(module))
         if not way.shared:
+            assert self.core is not None
             return self.core(module, query, key, value, None, *args, plan=plan, **kwargs)
         assert self.exchanged is not None
         query = llama4.rescaled(module, query, self.rank * query.shape[2])

@@ -20,7 +20,7 @@ from ulysses_exp.model.attention import core, upstream
 from ulysses_exp.model.attention.exchange import FusedUlyssesAttention
 from ulysses_exp.model.attention.groups import groups
 from ulysses_exp.model.attention.handle import Ulysses
-from ulysses_exp.model.attention.own_name import interchangeable, own_name, transformers_own
+from ulysses_exp.model.attention.own_name import interchangeable, own_name
 from ulysses_exp.model.attention.patched import Patched
 from ulysses_exp.model.mixers import binding
 
@@ -50,7 +50,7 @@ def ulysses(
         attention: sdpa (torch's own kernels), flex_attention, flash_attention_2, _3 or _4, or the kernel of a hub that
             the model was built with; `auto`: the best of these that is installed for this model and device;
             `transformers`, at sp 1: attention is left as it is, and of what mixes tokens otherwise (`model.mixers`) is
-            changed alone that packed documents stay apart, which they do not in transformers. What needs a GPU has not been run: none was at hand.
+            changed alone that documents stay apart. What needs a GPU has not been run: none was at hand.
         exchange: `deepspeed` (upstream's all-to-alls, for heads that divide) or `fused`
             (`exchange.FusedUlyssesAttention`).
         micro_batch_size: sequences in a batch; `fused` takes any.
@@ -104,7 +104,7 @@ def ulysses(
 def _mixers_alone(model: PreTrainedModel, mixers: list[torch.nn.Module], disable_in_eval: bool) -> Iterator[Ulysses]:
     """Attention as transformers has it, on whole sequences; what mixes tokens otherwise sees its own document."""
     handle = Ulysses(disable_in_eval=disable_in_eval, mixers=len(mixers))
-    patched = Patched(handle, model, model.config._attn_implementation, transformers_own, 0, mixers)
+    patched = Patched(handle, model, model.config._attn_implementation, None, 0, mixers)
     with binding.bound(model, patched.mixer_way), patched.hooks():
         yield handle
 

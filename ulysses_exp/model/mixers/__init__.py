@@ -1,4 +1,4 @@
-"""Layers that mix tokens and are not attention: convolutions and linear recurrences, over slices and document by document.
+"""Layers that mix tokens and are not attention (convolutions, linear recurrences): over slices, document by document.
 
 In transformers (5.23) such a layer is: projections of each token for itself, a short causal convolution, one function
 that scans the sequence, and again norm, gate and projection of each token. Convolution and scan are globals of the

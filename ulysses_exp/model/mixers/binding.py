@@ -11,7 +11,7 @@ import inspect
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel
@@ -93,8 +93,9 @@ def _replacements(mixer: torch.nn.Module, way_of: WayOf) -> Iterator[tuple[torch
         return way_of(mixer)
 
     if rg_lru.is_unit(mixer):
-        yield mixer.conv_1d, "forward", rg_lru.convolution_around(mixer.conv_1d, way)  # type: ignore[arg-type]
-        yield mixer.rg_lru, "_rnn_scan", rg_lru.around(mixer.rg_lru._rnn_scan, way)  # type: ignore[arg-type, union-attr]
+        conv, unit = cast(torch.nn.Conv1d, mixer.conv_1d), cast(Any, mixer.rg_lru)
+        yield conv, "forward", rg_lru.convolution_around(conv, way)
+        yield unit, "_rnn_scan", rg_lru.around(unit._rnn_scan, way)
         return
     forward = inspect.unwrap(type(mixer).forward)
     others = {name: _AROUND[name](forward.__globals__[name], way) for name in _called(mixer)}

@@ -6,12 +6,19 @@ import multiprocessing
 import os
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
+
+import pytest
+
+# before the first rank: one thread each, loopback only
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 WORLD = 4
 
@@ -111,3 +118,10 @@ def _serve(rank: int, store: str, pipe: Connection) -> None:
             pipe.send(function(rank, *args))
         except BaseException as error:
             pipe.send(Failed(type(error).__name__, str(error), traceback.format_exc()[-600:]))
+
+
+@pytest.fixture(scope="session")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankPool]:
+    pool = RankPool(tmp_path_factory.mktemp("ranks"))
+    yield pool
+    pool.stop()

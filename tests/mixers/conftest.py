@@ -1,0 +1,1 @@
+from rank_pool import ranks  # noqa: F401 - a fixture
