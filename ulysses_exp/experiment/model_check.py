@@ -85,7 +85,7 @@ def _check_built(config: Config) -> None:
     model_rules.check_rope(config, text)
     _check_names(config, built)
     model_rules.check_length(config, text, names.get("max_position_embeddings", "max_position_embeddings"))
-    _check_sharding(config, text, str(kind))
+    _check_sharding(config, text, str(kind), built["mixing"])
 
 
 def _nearest_key(key: str, known: list[str]) -> str:
@@ -128,7 +128,7 @@ def _check_names(config: Config, built: dict[str, Any]) -> None:
             raise ConfigError(f"model.architecture.{name}", f"{value[:60]!r} is no activation function", instead)
 
 
-def _check_sharding(config: Config, text: dict[str, Any], kind: str) -> None:
+def _check_sharding(config: Config, text: dict[str, Any], kind: str, mixing: list[str]) -> None:
     if "num_attention_heads" not in text:
         key = "model.name_or_path" if config.model.name_or_path else "model.architecture.model_type"
         raise ConfigError(key, f"{kind} has no attention for sp.attention to run", "set a model that has, e.g. llama")
@@ -138,7 +138,7 @@ def _check_sharding(config: Config, text: dict[str, Any], kind: str) -> None:
     for key, layout in layouts.items():
         if layout.sp == 1:
             continue
-        why = model_rules.why_not_sharded(kind, text.get("layer_types"))
+        why = model_rules.why_not_sharded(kind, text.get("layer_types"), mixing)
         if why is not None:
             raise ConfigError(key, why, "set sp.size=1" if key == "sp.size" else "name layouts with sp1 only")
 

@@ -11,12 +11,15 @@ import dataclasses
 import importlib.util
 import json
 import os
+import re
 import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
+
+from ulysses_exp.config.model_rules import MIXING
 
 _REACHABLE_WITHIN_S = 1.5
 
@@ -92,6 +95,7 @@ def read_model(path: str | None, given: dict[str, Any]) -> dict[str, Any]:
             if name.startswith("_validate_") and name.endswith("_rope_parameters")
         ),
         "activations": _activations(),
+        "mixing": _mixing(config.model_type),
     }
 
 
@@ -108,6 +112,19 @@ def _unknown(kind: type, given: dict[str, Any]) -> list[list[Any]]:
     kept = vars(kind(**{key: given[key] for key in strange}))
     names = sorted(name for name in known if not name.startswith("_") and not callable(getattr(kind, name, None)))
     return [[key, names] for key in strange if key in kept and key not in by_default]
+
+
+def _mixing(kind: str) -> list[str]:
+    """The functions that mix tokens without attention and are served, of those that the modeling file defines."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES, model_type_to_module_name
+
+    if kind not in CONFIG_MAPPING_NAMES:
+        return []
+    package = importlib.util.find_spec(f"transformers.models.{model_type_to_module_name(kind)}")
+    if package is None or package.origin is None:
+        return []
+    files = (path.read_text() for path in Path(package.origin).parent.glob("modeling_*.py"))
+    return sorted({name for text in files for name in re.findall(r"^ *def (\w+)\(", text, re.MULTILINE)} & MIXING)
 
 
 def _activations() -> list[str]:

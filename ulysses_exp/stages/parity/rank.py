@@ -23,4 +23,4 @@ def trajectory(session: Session) -> dict[str, Any]:
         weights = {name: tensor.clone() for name, tensor in whole if session.rank == 0}
         if session.rank == 0:
             save_file(weights, session.task.results / f"weights{step + 1}.safetensors")
-    return {"loss": losses, "grad_norm": norms}
+    return {"loss": losses, "grad_norm": norms, "mixers": session.attention.mixers}

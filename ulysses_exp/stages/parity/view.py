@@ -13,6 +13,7 @@ from ulysses_exp.report.units import of_difference
 
 SHAPE = {
     "reference": short,
+    "reference_mixers": short,
     "max_rel_loss_diff": number,
     "max_rel_grad_norm_diff": number,
     "max_rel_weight_diff": number,
@@ -41,4 +42,6 @@ def facts(stage: Mapping[str, Any], arrow: str) -> list[Fact]:
                 f" weights {of_difference(stage.get('max_rel_weight_diff'))}",
             )
         )
+    if "reference_mixers" in stage:
+        found.append(("", f"in the reference {stage['reference_mixers']}, as transformers does not"))
     return found + trouble("parity", stage)
