@@ -8,12 +8,12 @@ from typing import Any
 from ulysses_exp.report.column import Column
 from ulysses_exp.report.facts import Fact, trouble
 from ulysses_exp.report.runs import Run
-from ulysses_exp.report.shape import number, short
+from ulysses_exp.report.shape import name, number, short
 from ulysses_exp.report.units import of_difference
 
 SHAPE = {
     "reference": short,
-    "reference_mixers": short,
+    "reference_mixers": name,
     "max_rel_loss_diff": number,
     "max_rel_grad_norm_diff": number,
     "max_rel_weight_diff": number,
