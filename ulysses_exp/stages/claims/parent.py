@@ -1,0 +1,85 @@
+"""Stage `claims`, the part of the parent: a task a side and layout, and what their figures come to."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from ulysses_exp.config import Config
+from ulysses_exp.experiment.job import Job
+from ulysses_exp.launch import RankFailure, Task
+from ulysses_exp.layout import Layout
+from ulysses_exp.stages.claims import layouts
+from ulysses_exp.stages.claims.cell import Cell
+from ulysses_exp.stages.claims.judgement import judged
+from ulysses_exp.stages.claims.sentences import CLAIMS, SIDES
+from ulysses_exp.stages.claims.summary import summary
+
+log = logging.getLogger("ulysses_exp")
+
+PARTS = tuple(dict.fromkeys(claim.part for claim in CLAIMS))
+_WAIT_S = 60  # for ranks that wait for one another: upstream's refusals can leave some of them waiting
+
+Counted = dict[tuple[str, Layout, str], Any]  # by side, layout and claim: what `judgement.judged` takes
+
+
+def run(job: Job, note: Callable[[str], None]) -> None:
+    """Both sides at every layout, then every checkpoint at its other layouts; a cell for each claim."""
+    config = replace(job.config, launch=replace(job.config.launch, timeout_s=min(_WAIT_S, job.config.launch.timeout_s)))
+    job.results["model"] = job.do(
+        Task("claims-model", config.at(Layout()), ("claims_model",), job.folder), "claims_model"
+    )
+    counted: Counted = {}
+    wanted = layouts.asked(config)
+    for number, layout in enumerate(wanted, 1):
+        for side in SIDES:
+            note(f"claims {layout}, {side} ({number}/{len(wanted)})")
+            for claim, figures in _measured(job, config, side, layout).items():
+                counted[side, layout, claim] = figures
+    cells = [
+        judged(claim.key, side, layout.name, counted[side, layout, claim.key], config.train.precision)
+        for claim in CLAIMS
+        for side in SIDES
+        for layout in wanted
+        if (side, layout, claim.key) in counted
+    ]
+    job.take("claims", {"status": "ok", **_by_claim(cells, wanted)})
+
+
+def _measured(job: Job, config: Config, side: str, layout: Layout) -> dict[str, Any]:
+    """What ranks have counted, by claim; where they fail, each part again by itself, so that only it is lost."""
+    if (reason := layouts.impossible(config, layout)) is not None:
+        return {claim.key: {"not_tried": reason} for claim in CLAIMS}
+    try:
+        return _task(job, config, side, layout, PARTS)
+    except RankFailure as error:
+        log.warning("claims %s at %s: %s\n%s", side, layout, error, error.trace)
+    found: dict[str, Any] = {}
+    for part in PARTS:
+        try:
+            found |= _task(job, config, side, layout, (part,))
+        except RankFailure as error:
+            log.warning("claims %s at %s, %s: %s\n%s", side, layout, part, error, error.trace)
+            entry = {"not_tried": f"out of memory: {error}"} if error.out_of_memory else {"error": str(error)}
+            found |= {claim.key: entry for claim in CLAIMS if claim.part == part}
+    return found
+
+
+def _task(job: Job, config: Config, side: str, layout: Layout, parts: tuple[str, ...]) -> dict[str, Any]:
+    folder = job.folder / "claims" / f"{side}-{layout.name}"
+    options = {"side": side, "parts": list(parts), "folder": str(folder)}
+    name = f"claims-{side}-{layout.name}" + ("" if parts == PARTS else f"-{parts[0]}")
+    return job.do(Task(name, config.at(layout), ("claims",), job.folder, options), "claims")
+
+
+def _by_claim(cells: list[Cell], wanted: list[Layout]) -> dict[str, Any]:
+    """The entry of results.json: by claim, its sentence, and of each side a summary and its cells."""
+    found: dict[str, Any] = {}
+    for claim in CLAIMS:
+        found[claim.key] = {"claim": claim.sentence}
+        for side in SIDES:
+            mine = [cell for cell in cells if (cell.claim, cell.side) == (claim.key, side)]
+            found[claim.key][side] = summary(mine, wanted) | {"cells": {cell.layout: cell.as_dict() for cell in mine}}
+    return found

@@ -1,0 +1,58 @@
+"""How the result of stage `claims` is shown."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.text import Text
+
+from ulysses_exp.report.column import Column
+from ulysses_exp.report.facts import Fact, trouble
+from ulysses_exp.report.plain_table import Shown, figures_table
+from ulysses_exp.report.runs import Run
+from ulysses_exp.report.shape import fields, name, named, reason, whole
+from ulysses_exp.stages.claims.cell import DOES_NOT, HOLDS, HOLDS_IF
+from ulysses_exp.stages.claims.sentences import CLAIMS, SIDES
+
+_CELL = {"verdict": name, "figure": reason, "why": reason, "finding": whole}
+_SIDE = fields(**_CELL, cells=named(fields(**_CELL), 256))
+
+SHAPE = {claim.key: fields(claim=reason, upstream=_SIDE, here=_SIDE) for claim in CLAIMS}
+
+_STYLE = {HOLDS: "green", HOLDS_IF: "yellow", DOES_NOT: "bold red"}
+
+
+def _holding(run: Run) -> tuple[int, int, int] | None:
+    verdicts = [[run.figure(f"claims.{claim.key}.{side}.verdict") for claim in CLAIMS] for side in SIDES]
+    if not any(verdicts[0]):
+        return None
+    return verdicts[0].count(HOLDS), verdicts[1].count(HOLDS), len(CLAIMS)
+
+
+COLUMNS = (Column("claims that hold", _holding, lambda n: f"upstream {n[0]}, here {n[1]} of {n[2]}", narrow=False),)
+
+
+def facts(stage: Mapping[str, Any], arrow: str) -> list[Fact]:
+    """Why there are none."""
+    return trouble("claims", stage)
+
+
+def tables(stage: Mapping[str, Any], arrow: str) -> list[Shown]:
+    """A row a claim; below it, where a claim does not hold everywhere, if what, or what happens instead."""
+    if not any(claim.key in stage for claim in CLAIMS):
+        return []
+    table = figures_table("claim", "upstream", "here", "upstream's figure", "the figure here")
+    for column in table.columns[1:]:
+        column.justify = "left"
+    remarks = []
+    for claim in CLAIMS:
+        entry = stage.get(claim.key) or {}
+        sides = [entry.get(side) or {} for side in SIDES]
+        verdicts = [Text(str(side.get("verdict", "-")), style=_STYLE.get(side.get("verdict"), "")) for side in sides]
+        table.add_row(f"{claim.key} {claim.short}", *verdicts, *(str(side.get("figure", "-")) for side in sides))
+        for which, side in zip(SIDES, sides, strict=True):
+            if side.get("why"):
+                finding = f" (docs/findings.md, {side['finding']})" if side.get("finding") else ""
+                remarks.append(f"{claim.key} {which} {side['verdict']}: {side['why']}{finding}")
+    return [(table, remarks)]
