@@ -10,6 +10,7 @@ STAGE = Stage(
     work={
         "claims_model": Work("ulysses_exp.stages.claims.rank:model", "looking at the model", session=False),
         "claims": Work("ulysses_exp.stages.claims.rank:measure", "measuring claims", session=False),
+        "claims_open": Work("ulysses_exp.stages.claims.rank:open_checkpoints", "opening checkpoints", session=False),
     },
     view="ulysses_exp.stages.claims.view",
     results=tuple(f"C{number}" for number in range(1, 11)),

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from ulysses_exp.report.units import of_bytes
 from ulysses_exp.stages.claims.cell import DOES_NOT, HOLDS, HOLDS_IF, NOT_TRIED, Cell
+from ulysses_exp.stages.claims.layouts import SAME
 
 #: Of the largest logit. fp32 adds the same numbers in another order; bf16 keeps 8 bits.
 LOGITS = {"fp32": 1e-4, "bf16": 5e-2}
@@ -67,7 +69,7 @@ def _c1(ranks: Ranks, precision: str) -> Judged:
             gathers[name] = gathers.get(name, 0) + count
     if gathers:
         listed = ", ".join(f"{count // len(ranks)} {name}" for name, count in sorted(gathers.items()))
-        return HOLDS_IF, figure, f"ZeRO 3's gathering of weights is not counted: a rank makes {listed}", 23
+        return HOLDS_IF, figure, f"ZeRO's own collectives are not counted: a rank makes {listed}", None
     return HOLDS, figure, "", None
 
 
@@ -137,8 +139,89 @@ def _c10(ranks: Ranks, precision: str) -> Judged:
     return (DOES_NOT if problems else HOLDS), figure, "; ".join(problems), 1
 
 
+def _c5(ranks: Ranks, precision: str) -> Judged:
+    whole, held = ranks[0]["whole"], max(rank["bytes"]["weights"] for rank in ranks)
+    most = {kind: max(rank["bytes"][kind] for rank in ranks) for kind in ranks[0]["bytes"]}
+    figure = ", ".join(f"{kind} {of_bytes(count)}" for kind, count in most.items()) + " a rank"
+    problems = [
+        f"{when} training the ranks hold {len(found)} different sets of weights"
+        for when in ("before", "after")
+        if len(found := {rank[when] for rank in ranks}) > 1
+    ]
+    if problems:
+        return DOES_NOT, figure, "; ".join(problems), None
+    least = min(rank["bytes"]["weights"] for rank in ranks)
+    if least < whole:
+        share = f"between uses a rank holds {of_bytes(held)} of {of_bytes(whole)}"
+        return HOLDS_IF, figure, f"a weight is looked at while ZeRO 3 has gathered it; {share}", None
+    return HOLDS, figure, "", None
+
+
+def _c6(ranks: Ranks, precision: str) -> Judged:
+    found = ranks[0]
+    share = found["whole"] / max(1, found["elements"])
+    files = found["with_weights"]
+    where = f"in {files[0]}" + (f" and {len(files) - 1} more" if len(files) > 1 else "") if files else "in no file"
+    figure = f"{100 * share:.4g}% of the weights whole {where} ({len(found['files'])} files)"
+    if found["whole"] == found["elements"] and found["elements"]:
+        return HOLDS, figure, "", None
+    largest = max(found["files"], key=lambda file: found["files"][file], default="")
+    missing = ", ".join(found["missing"])
+    why = f"{missing} and others" if len(found["missing"]) > 2 else missing
+    parts = f"; {len(found['files'])} files hold parts, e.g. {largest}" if not files else ""
+    return DOES_NOT, figure, f"not there whole: {why}{parts}", 23
+
+
+def _c7(ranks: Ranks, precision: str) -> Judged:
+    """`ranks` has one entry, whose `opened` lists the layouts that the checkpoint was opened in."""
+    tries = ranks[0]["opened"]
+    good = [one for one in tries if one.get("weights") and one.get("states")]
+    others = [one for one in tries if one["kind"] != SAME]
+    figure = f"{sum(one in good for one in others)} of {len(others)} other layouts open it bit for bit"
+    bad: dict[str, list[str]] = {}
+    for one in tries:
+        if one not in good:
+            what = one.get("error") or ("optimizer states differ" if one["weights"] else "weights differ")
+            bad.setdefault(f"{one['kind']}: {what}", []).append(one["target"])
+    if not bad:
+        return HOLDS, figure, "", None
+    refused = "; ".join(f"{', '.join(targets)} ({why})" for why, targets in bad.items())
+    opens = [f"{one['kind']}, {one['target']}" for one in others if one in good]
+    if opens and not any(one["kind"] == SAME and one not in good for one in tries):
+        return HOLDS_IF, figure, f"it is opened in {' or '.join(opens)}; not in {refused}", 24
+    return DOES_NOT, figure, f"not in {refused}", 24
+
+
+def _c8(ranks: Ranks, precision: str) -> Judged:
+    ways = ranks[0]["ways"]
+    (first, itself), *rest = ways.items()
+    figure = f"{first}: {'bit for bit' if itself == 'exact' else 'not opened'}"
+    if itself == "exact":
+        return HOLDS, figure, "", None
+    opens = [way for way, found in rest if found == "exact"]
+    said = "; ".join(f"{way}: {found}" for way, found in ways.items() if found != "exact")
+    if opens:
+        figure += f"; {opens[0]}: bit for bit"
+        return HOLDS_IF, figure, f"{' or '.join(opens)} is used instead, with config.json beside it; {said}", 25
+    return DOES_NOT, figure, said, 25
+
+
+def _c9(ranks: Ranks, precision: str) -> Judged:
+    found = ranks[0]
+    states, whole = found["states"], found["whole"]
+    figure = f"{whole} of {states} states whole"
+    if states and whole == states:
+        return HOLDS, figure, "", None
+    if "converted" in found and states:
+        figure += f", {found['converted']} after {found['converter']}"
+        if found["converted"] == states:
+            return HOLDS_IF, figure, f"{found['converter']} consolidates them first", None
+    error = f"; {found['converter']}: {found['converter_error']}" if "converter_error" in found else ""
+    return DOES_NOT, figure, f"{states - whole} states are there in parts{error}", 16 if error else None
+
+
 _JUDGES: dict[str, Callable[[Ranks, str], Judged]] = {
-    "C1": _c1, "C2": _c2, "C3": _c3, "C4": _c4, "C10": _c10,
+    "C1": _c1, "C2": _c2, "C3": _c3, "C4": _c4, "C5": _c5, "C6": _c6, "C7": _c7, "C8": _c8, "C9": _c9, "C10": _c10,
 }  # fmt: skip
 
 

@@ -51,12 +51,10 @@ def in_words(some: list[Layout], every: list[Layout]) -> str:
     groups = {(layout.sp, layout.dp) for layout in every}
     for stages, members in by_stages.items():
         where = ", ".join(str(m.sp) if m.dp == 1 else f"{m.sp} dp {m.dp}" for m in members)
-        everywhere = {(m.sp, m.dp) for m in members} == groups
-        known = tuple(
-            sorted({layout.zero for layout in every if (layout.sp, layout.dp) in {(m.sp, m.dp) for m in members}})
-        )
+        here = {(m.sp, m.dp) for m in members}
+        known = tuple(sorted({layout.zero for layout in every if (layout.sp, layout.dp) in here}))
         of_stages = "" if stages == known else f"ZeRO {_run(stages)}"
-        of_groups = "" if everywhere else f"sp {where}"
+        of_groups = "" if here == groups else f"sp {where}"
         phrases.append(" at ".join(part for part in (of_groups, of_stages) if part))
     return "; ".join(phrases)
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from ulysses_exp.config import Config
@@ -38,6 +40,10 @@ def run(job: Job, note: Callable[[str], None]) -> None:
             note(f"claims {layout}, {side} ({number}/{len(wanted)})")
             for claim, figures in _measured(job, config, side, layout).items():
                 counted[side, layout, claim] = figures
+    for side in SIDES:
+        note(f"claims: opening checkpoints, {side}")
+        _open(job, config, side, wanted, counted)
+    shutil.rmtree(job.folder / "claims", ignore_errors=True)
     cells = [
         judged(claim.key, side, layout.name, counted[side, layout, claim.key], config.train.precision)
         for claim in CLAIMS
@@ -68,10 +74,47 @@ def _measured(job: Job, config: Config, side: str, layout: Layout) -> dict[str, 
 
 
 def _task(job: Job, config: Config, side: str, layout: Layout, parts: tuple[str, ...]) -> dict[str, Any]:
-    folder = job.folder / "claims" / f"{side}-{layout.name}"
-    options = {"side": side, "parts": list(parts), "folder": str(folder)}
+    options = {"side": side, "parts": list(parts), "folder": str(_folder(job, side, layout))}
     name = f"claims-{side}-{layout.name}" + ("" if parts == PARTS else f"-{parts[0]}")
     return job.do(Task(name, config.at(layout), ("claims",), job.folder, options), "claims")
+
+
+def _open(job: Job, config: Config, side: str, wanted: list[Layout], counted: Counted) -> None:
+    """Every checkpoint at the layouts that it is to be opened in, a task for each of these."""
+    tries: dict[Layout, list[tuple[str, Layout]]] = {}  # by target: (kind, source)
+    for source in wanted:
+        saved = counted[side, source, "C6"]
+        if isinstance(saved, dict):  # there is none, and why
+            counted[side, source, "C7"] = saved
+            continue
+        counted[side, source, "C7"] = [{"opened": []}]
+        for kind, target in layouts.targets(config, source):
+            tries.setdefault(target, []).append((kind, source))
+    for target, sources in sorted(tries.items()):
+        for (kind, source), found in zip(sources, _opened(job, config, side, target, sources), strict=True):
+            counted[side, source, "C7"][0]["opened"].append({"kind": kind, "target": target.name, **found})
+
+
+def _opened(
+    job: Job, config: Config, side: str, target: Layout, sources: list[tuple[str, Layout]]
+) -> list[dict[str, Any]]:
+    """What opening each of `sources` in `target` came to; where ranks fail, each again in a task of its own."""
+    folders = [str(_folder(job, side, source)) for _, source in sources]
+    name = f"claims-open-{side}-{target.name}" + (f"-{sources[0][1].name}" if len(sources) == 1 else "")
+    task = Task(name, config.at(target), ("claims_open",), job.folder, {"side": side, "folders": folders})
+    try:
+        opened: list[dict[str, Any]] = job.do(task, "claims_open")["opened"]
+        return opened
+    except RankFailure as error:
+        log.warning("claims %s, opening in %s: %s\n%s", side, target, error, error.trace)
+        if len(sources) == 1:
+            return [{"error": str(error)}]
+    return [found for one in sources for found in _opened(job, config, side, target, [one])]
+
+
+def _folder(job: Job, side: str, layout: Layout) -> Path:
+    """Where the checkpoint of a side and layout lies."""
+    return job.folder / "claims" / f"{side}-{layout.name}"
 
 
 def _by_claim(cells: list[Cell], wanted: list[Layout]) -> dict[str, Any]:

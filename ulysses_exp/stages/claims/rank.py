@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from ulysses_exp.config.schema import OptimConfig
 from ulysses_exp.launch import heartbeat
 from ulysses_exp.launch.task import Task
 from ulysses_exp.model import build as models
-from ulysses_exp.stages.claims.measured import communication, gradients
+from ulysses_exp.stages.claims.measured import checkpoints, communication, gradients, opening, weights
 from ulysses_exp.stages.claims.measured.reference import reference
 from ulysses_exp.stages.claims.measured.this_project import ThisProject
 from ulysses_exp.stages.claims.measured.upstream_alone import UpstreamAlone
@@ -49,7 +50,23 @@ def measure(task: Task, rank: int) -> dict[str, Any]:
             if "gradients" in parts:
                 heartbeat.beat("gradients")
                 found |= gradients.count(subject, known)
+    if {"weights", "checkpoints"} & set(parts):
+        with side.subject(_with(task.config, _ADAMW)) as subject:
+            heartbeat.beat("weights")
+            if "weights" in parts:
+                found |= weights.count(subject)
+            else:
+                subject.step(0)
+            if "checkpoints" in parts:
+                heartbeat.beat("checkpoints")
+                found |= checkpoints.count(subject, Path(task.options["folder"]))
     return {claim: _of_all_ranks(counted) for claim, counted in found.items()}
+
+
+def open_checkpoints(task: Task, rank: int) -> dict[str, Any]:
+    """`options["folders"]`, checkpoints of `options["side"]` at other layouts, in this one."""
+    folders = [Path(folder) for folder in task.options["folders"]]
+    return {"opened": opening.count(_side(task, rank), _with(task.config, _ADAMW), folders)}
 
 
 def _side(task: Task, rank: int) -> Any:

@@ -39,20 +39,20 @@ def facts(stage: Mapping[str, Any], arrow: str) -> list[Fact]:
 
 
 def tables(stage: Mapping[str, Any], arrow: str) -> list[Shown]:
-    """A row a claim; below it, where a claim does not hold everywhere, if what, or what happens instead."""
+    """Two rows a claim; below, where a claim does not hold everywhere, if what, or what happens instead."""
     if not any(claim.key in stage for claim in CLAIMS):
         return []
-    table = figures_table("claim", "upstream", "here", "upstream's figure", "the figure here")
+    table = figures_table("claim", "", "verdict", "figure")
     for column in table.columns[1:]:
-        column.justify = "left"
+        column.justify, column.no_wrap = "left", False
     remarks = []
     for claim in CLAIMS:
         entry = stage.get(claim.key) or {}
-        sides = [entry.get(side) or {} for side in SIDES]
-        verdicts = [Text(str(side.get("verdict", "-")), style=_STYLE.get(side.get("verdict"), "")) for side in sides]
-        table.add_row(f"{claim.key} {claim.short}", *verdicts, *(str(side.get("figure", "-")) for side in sides))
-        for which, side in zip(SIDES, sides, strict=True):
+        for which, label in zip(SIDES, (f"{claim.key} {claim.short}", ""), strict=True):
+            side = entry.get(which) or {}
+            verdict = str(side.get("verdict", "-"))
+            table.add_row(label, which, Text(verdict, style=_STYLE.get(verdict, "")), str(side.get("figure", "-")))
             if side.get("why"):
                 finding = f" (docs/findings.md, {side['finding']})" if side.get("finding") else ""
-                remarks.append(f"{claim.key} {which} {side['verdict']}: {side['why']}{finding}")
+                remarks.append(f"{claim.key} {which} {verdict}: {side['why']}{finding}")
     return [(table, remarks)]

@@ -1,4 +1,4 @@
-"""What happens between the call of the attention function and the original one: collectives, and the tensors' places."""
+"""What happens between the call of the attention function and the original one: collectives, tensors that move."""
 
 from __future__ import annotations
 

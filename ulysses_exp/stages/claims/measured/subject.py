@@ -29,10 +29,8 @@ class Subject:
     step: Callable[[int], None]  # the optimizer step of this number, over the training data
     save: Callable[[Path], None]  # into this folder
     load: Callable[[Path], None]  # from it; raises what the side raises
-    exports: Callable[
-        [Path, Path], dict[str, Path | str]
-    ]  # (checkpoint, room) -> what from_pretrained may open, or why
-    # there is nothing to open; by the way that it was made
+    #: (checkpoint, room) -> by the way that it was made, what from_pretrained may open, or why there is nothing
+    exports: Callable[[Path, Path], dict[str, Path | str]]
 
     @property
     def slice(self) -> slice:

@@ -27,8 +27,8 @@ def trainers_logits(subject: Subject, reference: Reference) -> dict[str, Any]:
     device_arguments = {"use_cpu": True} if subject.device.type == "cpu" else {}
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
-            output_dir=folder, per_device_eval_batch_size=2, report_to=[], disable_tqdm=True, remove_unused_columns=False,
-            dataloader_num_workers=0, label_names=["nothing"], **device_arguments,
+            output_dir=folder, per_device_eval_batch_size=2, report_to=[], disable_tqdm=True,
+            remove_unused_columns=False, dataloader_num_workers=0, label_names=["nothing"], **device_arguments,
         )  # fmt: skip
         trainer = Trainer(model=subject.model, args=arguments)
         with torch.no_grad():
