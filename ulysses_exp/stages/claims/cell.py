@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 HOLDS, HOLDS_IF, DOES_NOT, NOT_TRIED = VERDICTS = ("holds", "holds if", "does not hold", "not tried")
@@ -19,6 +19,7 @@ class Cell:
     figure: str
     why: str = ""
     finding: int | None = None  # its number in docs/findings.md, where upstream does not do as it says
+    details: dict[str, Any] = field(default_factory=dict)  # figures that pictures are drawn of
 
     def as_dict(self) -> dict[str, Any]:
         """Its entry in results.json, below claim, side and layout."""
@@ -27,4 +28,4 @@ class Cell:
             entry["why"] = self.why
         if self.finding is not None:
             entry["finding"] = self.finding
-        return entry
+        return entry | self.details

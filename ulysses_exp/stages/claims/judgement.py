@@ -31,7 +31,16 @@ def judged(claim: str, side: str, layout: str, counted: Any, precision: str = "f
         why = f"it stops: {counted['error']}"
         return Cell(claim, side, layout, DOES_NOT, "-", why, _of_error(claim, side, counted["error"]))
     verdict, figure, why, finding = _JUDGES[claim](counted, precision)
-    return Cell(claim, side, layout, verdict, figure, why, finding if side == "upstream" and why else None)
+    known = finding if side == "upstream" and why else None
+    return Cell(claim, side, layout, verdict, figure, why, known, _details(claim, counted))
+
+
+def _details(claim: str, ranks: Ranks) -> dict[str, Any]:
+    if claim == "C5":  # of the rank that holds most
+        return {"bytes": {kind: max(rank["bytes"][kind] for rank in ranks) for kind in ranks[0]["bytes"]}}
+    if claim == "C7":
+        return {"opened": {one["target"]: bool(one.get("weights") and one.get("states")) for one in ranks[0]["opened"]}}
+    return {}
 
 
 def _total(ranks: Ranks, key: str) -> int:
@@ -50,8 +59,7 @@ def _relative(value: float) -> str:
 def _c1(ranks: Ranks, precision: str) -> Judged:
     all_to_alls, calls, moved = (_total(ranks, key) for key in ("all_to_alls", "calls", "moved"))
     others = _total(ranks, "others_in_attention")
-    batches = len(ranks[0]["batches"])
-    figure = f"{all_to_alls} all-to-alls in {calls} calls, {batches} kinds of batch"
+    figure = f"{all_to_alls} all-to-alls in {calls} calls of attention"
     problems = []
     if all_to_alls:
         problems.append(f"{all_to_alls} all-to-alls are made")

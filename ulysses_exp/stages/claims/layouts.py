@@ -22,7 +22,7 @@ def impossible(config: Config, layout: Layout) -> str | None:
     try:
         check_layout(config, layout, KEY)
     except ConfigError as error:
-        return error.problem
+        return str(error.args[1])
     return None
 
 

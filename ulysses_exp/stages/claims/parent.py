@@ -16,6 +16,7 @@ from ulysses_exp.layout import Layout
 from ulysses_exp.stages.claims import layouts
 from ulysses_exp.stages.claims.cell import Cell
 from ulysses_exp.stages.claims.judgement import judged
+from ulysses_exp.stages.claims.room import Room
 from ulysses_exp.stages.claims.sentences import CLAIMS, SIDES
 from ulysses_exp.stages.claims.summary import summary
 
@@ -33,12 +34,13 @@ def run(job: Job, note: Callable[[str], None]) -> None:
     job.results["model"] = job.do(
         Task("claims-model", config.at(Layout()), ("claims_model",), job.folder), "claims_model"
     )
+    room = Room(job, config, job.results["model"]["parameters"])
     counted: Counted = {}
     wanted = layouts.asked(config)
     for number, layout in enumerate(wanted, 1):
         for side in SIDES:
             note(f"claims {layout}, {side} ({number}/{len(wanted)})")
-            for claim, figures in _measured(job, config, side, layout).items():
+            for claim, figures in _measured(job, config, side, layout, room).items():
                 counted[side, layout, claim] = figures
     for side in SIDES:
         note(f"claims: opening checkpoints, {side}")
@@ -54,16 +56,19 @@ def run(job: Job, note: Callable[[str], None]) -> None:
     job.take("claims", {"status": "ok", **_by_claim(cells, wanted)})
 
 
-def _measured(job: Job, config: Config, side: str, layout: Layout) -> dict[str, Any]:
+def _measured(job: Job, config: Config, side: str, layout: Layout, room: Room) -> dict[str, Any]:
     """What ranks have counted, by claim; where they fail, each part again by itself, so that only it is lost."""
-    if (reason := layouts.impossible(config, layout)) is not None:
+    if (reason := layouts.impossible(config, layout) or room.memory(layout)) is not None:
         return {claim.key: {"not_tried": reason} for claim in CLAIMS}
+    parts, found = PARTS, {}
+    if (reason := room.disk(layout)) is not None:
+        parts = tuple(part for part in PARTS if part != "checkpoints")
+        found = {claim.key: {"not_tried": reason} for claim in CLAIMS if claim.part not in parts}
     try:
-        return _task(job, config, side, layout, PARTS)
+        return found | _task(job, config, side, layout, parts)
     except RankFailure as error:
         log.warning("claims %s at %s: %s\n%s", side, layout, error, error.trace)
-    found: dict[str, Any] = {}
-    for part in PARTS:
+    for part in parts:
         try:
             found |= _task(job, config, side, layout, (part,))
         except RankFailure as error:
@@ -75,7 +80,7 @@ def _measured(job: Job, config: Config, side: str, layout: Layout) -> dict[str, 
 
 def _task(job: Job, config: Config, side: str, layout: Layout, parts: tuple[str, ...]) -> dict[str, Any]:
     options = {"side": side, "parts": list(parts), "folder": str(_folder(job, side, layout))}
-    name = f"claims-{side}-{layout.name}" + ("" if parts == PARTS else f"-{parts[0]}")
+    name = "-".join(("claims", side, layout.name, *(parts if len(parts) == 1 else ())))
     return job.do(Task(name, config.at(layout), ("claims",), job.folder, options), "claims")
 
 

@@ -29,7 +29,7 @@ def model(task: Task, rank: int) -> dict[str, Any]:
     """What results.json says of the model, from its shape alone."""
     architecture = models.pretrained_config(task.config)
     with torch.device("meta"):
-        built = AutoModelForCausalLM.from_config(
+        built: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
             architecture, trust_remote_code=task.config.model.trust_remote_code,
             attn_implementation=task.config.sp.attention,
         )  # fmt: skip

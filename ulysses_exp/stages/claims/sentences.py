@@ -23,19 +23,19 @@ class Claim:
 
 CLAIMS = (
     Claim(
-        "C1", "communication", "eval bypasses all communication",
+        "C1", "communication", "eval makes no exchange",
         "Registered with disable_in_eval=True, a model in eval mode calls the original attention: no all-to-all and no "
         "other collective, nothing rearranged, and any shape of batch (odd, ragged, padded left or right, packed, of "
         "another size than registered).",
         "communication",
     ),
     Claim(
-        "C2", "communication", "so does the class itself",
+        "C2", "communication", "nor does the class",
         "The same holds of UlyssesSPAttentionHF where it is constructed directly.",
         "communication",
     ),
     Claim(
-        "C3", "communication", "module.training decides",
+        "C3", "communication", "the training flag decides",
         "module.training alone decides, at each call: train, eval and train again in one process give the numbers of "
         "each mode.",
         "communication",
@@ -47,13 +47,13 @@ CLAIMS = (
         "communication",
     ),
     Claim(
-        "C5", "memory", "every rank holds all weights",
+        "C5", "memory", "ranks hold all weights",
         "Only activations are partitioned: every rank of a sequence-parallel group holds the same complete weights, "
         "before and after training.",
         "weights",
     ),
     Claim(
-        "C6", "checkpoints", "a checkpoint has full weights",
+        "C6", "checkpoints", "saved weights are whole",
         "save_checkpoint() writes the full weights.",
         "checkpoints",
     ),
@@ -69,12 +69,12 @@ CLAIMS = (
         "checkpoints",
     ),
     Claim(
-        "C9", "checkpoints", "optimizer states are whole",
+        "C9", "checkpoints", "saved states are whole",
         "The checkpoint holds whole optimizer states; whether they need consolidation depends on the ZeRO stage.",
         "checkpoints",
     ),
     Claim(
-        "C10", "communication", "gradients are in step",
+        "C10", "communication", "gradients are true",
         "Gradients are synchronised over all ranks and are those of the loss, so weights stay equal.",
         "gradients",
     ),

@@ -11,12 +11,13 @@ from ulysses_exp.report.column import Column
 from ulysses_exp.report.facts import Fact, trouble
 from ulysses_exp.report.plain_table import Shown, figures_table
 from ulysses_exp.report.runs import Run
-from ulysses_exp.report.shape import fields, name, named, reason, whole
+from ulysses_exp.report.shape import fields, flag, name, named, reason, whole
 from ulysses_exp.stages.claims.cell import DOES_NOT, HOLDS, HOLDS_IF
 from ulysses_exp.stages.claims.sentences import CLAIMS, SIDES
 
 _CELL = {"verdict": name, "figure": reason, "why": reason, "finding": whole}
-_SIDE = fields(**_CELL, cells=named(fields(**_CELL), 256))
+_DETAILS = {"bytes": named(whole, 8), "opened": named(flag, 256)}
+_SIDE = fields(**_CELL, cells=named(fields(**_CELL, **_DETAILS), 256))
 
 SHAPE = {claim.key: fields(claim=reason, upstream=_SIDE, here=_SIDE) for claim in CLAIMS}
 
@@ -44,7 +45,8 @@ def tables(stage: Mapping[str, Any], arrow: str) -> list[Shown]:
         return []
     table = figures_table("claim", "", "verdict", "figure")
     for column in table.columns[1:]:
-        column.justify, column.no_wrap = "left", False
+        column.justify = "left"
+    table.columns[-1].no_wrap = False
     remarks = []
     for claim in CLAIMS:
         entry = stage.get(claim.key) or {}

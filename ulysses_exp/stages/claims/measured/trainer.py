@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import tempfile
+from importlib import import_module
 from typing import Any
+from unittest.mock import patch
 
+import numpy as np
 import torch
 from torch.utils.data import Dataset
 
@@ -19,18 +22,15 @@ def trainers_logits(subject: Subject, reference: Reference) -> dict[str, Any]:
         `samples`, of which `seen` came back, and the largest differences of `trainer`'s logits at real tokens, of the
         largest logit, by padding.
     """
-    import numpy as np
-    from transformers import Trainer, TrainingArguments  # with pandas and pyarrow: half a second that others spare
-
+    trainers = _trainers()
     samples, expected = reference.samples, reference.sample_logits
     subject.engine.eval()
-    device_arguments = {"use_cpu": True} if subject.device.type == "cpu" else {}
     with tempfile.TemporaryDirectory() as folder:
-        arguments = TrainingArguments(
+        arguments = trainers.TrainingArguments(
             output_dir=folder, per_device_eval_batch_size=2, report_to=[], disable_tqdm=True,
-            remove_unused_columns=False, dataloader_num_workers=0, label_names=["nothing"], **device_arguments,
+            remove_unused_columns=False, label_names=["nothing"], use_cpu=subject.device.type == "cpu",
         )  # fmt: skip
-        trainer = Trainer(model=subject.model, args=arguments)
+        trainer = trainers.Trainer(model=subject.model, args=arguments)
         with torch.no_grad():
             predicted = np.asarray(trainer.predict(_Samples(samples)).predictions)
     found: dict[str, float] = {}
@@ -39,6 +39,13 @@ def trainers_logits(subject: Subject, reference: Reference) -> dict[str, Any]:
         off = float((batch.real(got) - batch.real(right)).abs().max() / right.abs().max())
         found[batch.name] = max(found.get(batch.name, 0.0), off if off == off else float("inf"))
     return {"samples": len(samples), "seen": len(predicted), "trainer": found}
+
+
+def _trainers() -> Any:
+    """The module of Trainer, as it is where `datasets` is not installed: that would bring pandas, for isinstance alone,
+    a second and a half on each rank."""
+    with patch("transformers.utils.is_datasets_available", lambda: False):
+        return import_module("transformers.trainer")
 
 
 class _Samples(Dataset):  # type: ignore[type-arg]
