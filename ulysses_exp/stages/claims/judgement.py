@@ -39,7 +39,12 @@ def _details(claim: str, ranks: Ranks) -> dict[str, Any]:
     if claim == "C5":  # of the rank that holds most
         return {"bytes": {kind: max(rank["bytes"][kind] for rank in ranks) for kind in ranks[0]["bytes"]}}
     if claim == "C7":
-        return {"opened": {one["target"]: bool(one.get("weights") and one.get("states")) for one in ranks[0]["opened"]}}
+        tries = [(one["kind"], one["target"], _exact(one)) for one in ranks[0]["opened"]]
+        kinds = {kind: [exact for of, _, exact in tries if of == kind] for kind, _, _ in tries if kind != SAME}
+        return {
+            "opened": {target: exact for _, target, exact in tries},
+            "kinds": {kind: [sum(found), len(found)] for kind, found in kinds.items()},
+        }
     return {}
 
 
@@ -173,17 +178,14 @@ def _c6(ranks: Ranks, precision: str) -> Judged:
     figure = f"{100 * share:.4g}% of the weights whole {where} ({len(found['files'])} files)"
     if found["whole"] == found["elements"] and found["elements"]:
         return HOLDS, figure, "", None
-    largest = max(found["files"], key=lambda file: found["files"][file], default="")
-    missing = ", ".join(found["missing"])
-    why = f"{missing} and others" if len(found["missing"]) > 2 else missing
-    parts = f"; {len(found['files'])} files hold parts, e.g. {largest}" if not files else ""
-    return DOES_NOT, figure, f"not there whole: {why}{parts}", 23
+    missing = ", ".join(found["missing"]) if found["whole"] else "any of the weights"
+    return DOES_NOT, figure, f"not there whole: {missing}; {len(found['files'])} files hold parts", 23
 
 
 def _c7(ranks: Ranks, precision: str) -> Judged:
     """`ranks` has one entry, whose `opened` lists the layouts that the checkpoint was opened in."""
     tries = ranks[0]["opened"]
-    good = [one for one in tries if one.get("weights") and one.get("states")]
+    good = [one for one in tries if _exact(one)]
     others = [one for one in tries if one["kind"] != SAME]
     figure = f"{sum(one in good for one in others)} of {len(others)} other layouts open it bit for bit"
     bad: dict[str, list[str]] = {}
@@ -198,6 +200,11 @@ def _c7(ranks: Ranks, precision: str) -> Judged:
     if opens and not any(one["kind"] == SAME and one not in good for one in tries):
         return HOLDS_IF, figure, f"it is opened in {' or '.join(opens)}; not in {refused}", 24
     return DOES_NOT, figure, f"not in {refused}", 24
+
+
+def _exact(one: dict[str, Any]) -> bool:
+    """Whether a checkpoint was opened with all of its weights and states."""
+    return bool(one.get("weights") and one.get("states"))
 
 
 def _c8(ranks: Ranks, precision: str) -> Judged:

@@ -40,7 +40,7 @@ def targets(config: Config, source: Layout) -> list[tuple[str, Layout]]:
 
 
 def in_words(some: list[Layout], every: list[Layout]) -> str:
-    """`some` of `every` layout, short, e.g. `sp 2, 4 at ZeRO 0 to 2`."""
+    """`some` of `every` layout, short, e.g. `sp 2, 4 with ZeRO 0 to 2`."""
     if set(some) == set(every):
         return "every layout"
     by_stages: dict[tuple[int, ...], list[Layout]] = {}
@@ -55,7 +55,7 @@ def in_words(some: list[Layout], every: list[Layout]) -> str:
         known = tuple(sorted({layout.zero for layout in every if (layout.sp, layout.dp) in here}))
         of_stages = "" if stages == known else f"ZeRO {_run(stages)}"
         of_groups = "" if here == groups else f"sp {where}"
-        phrases.append(" at ".join(part for part in (of_groups, of_stages) if part))
+        phrases.append(" with ".join(part for part in (of_groups, of_stages) if part))
     return "; ".join(phrases)
 
 

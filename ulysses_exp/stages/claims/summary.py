@@ -19,6 +19,8 @@ def summary(cells: list[Cell], every: list[Layout]) -> dict[str, Any]:
     if not tried or not cells:
         return {"verdict": NOT_TRIED, "figure": "-", "why": cells[0].why if cells else "nothing was counted"}
     telling = max(cells, key=lambda cell: (_WEIGHT[cell.verdict], cell.layout))
+    if telling.details.get("kinds") and (by_verdict[DOES_NOT] or by_verdict[HOLDS_IF]):
+        return _by_kind(cells)
     found: dict[str, Any] = {"figure": telling.figure}
     if telling.finding is not None:
         found["finding"] = telling.finding
@@ -38,6 +40,22 @@ def summary(cells: list[Cell], every: list[Layout]) -> dict[str, Any]:
         untried = in_words(_layouts(by_verdict[NOT_TRIED]), every)
         found["why"] = "; ".join(filter(None, (found.get("why"), f"not tried at {untried}")))
     return found
+
+
+def _by_kind(cells: list[Cell]) -> dict[str, Any]:
+    """Of checkpoints: in which kinds of layout all of them open, whatever layout they are of."""
+    kinds: dict[str, list[int]] = {}
+    for cell in cells:
+        for kind, (good, of) in cell.details.get("kinds", {}).items():
+            before = kinds.get(kind, [0, 0])
+            kinds[kind] = [before[0] + good, before[1] + of]
+    figure = ", ".join(f"{kind}: {good} of {of}" for kind, (good, of) in kinds.items())
+    always = [kind for kind, (good, of) in kinds.items() if good == of]
+    bad = max((cell for cell in cells if cell.verdict != HOLDS), key=lambda cell: cell.layout)
+    found = {"verdict": HOLDS_IF if always else DOES_NOT, "figure": f"{figure} open bit for bit"}
+    why = f"e.g. {bad.layout} {bad.why}"
+    found["why"] = f"{' or '.join(always)} (else not in every layout; {why})" if always else why
+    return found | ({"finding": bad.finding} if bad.finding is not None else {})
 
 
 _WEIGHT = {NOT_TRIED: 0, HOLDS: 1, HOLDS_IF: 2, DOES_NOT: 3}

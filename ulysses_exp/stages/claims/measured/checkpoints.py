@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from argparse import Namespace
 from collections.abc import Iterator
@@ -146,6 +147,6 @@ def opened(place: Path | str, module: dict[str, str], now: Fingerprint) -> str:
 
 
 def said(error: BaseException) -> str:
-    """In a line, without the place on this machine."""
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:160]}".rstrip(": ")
+    """Its first sentence, without the places of this machine."""
+    text = re.sub(r"(?:/[\w.+-]+)+/([\w.+-]+)", r"\1", " ".join(str(error).split()))
+    return f"{type(error).__name__}: {text.split('. ')[0][:160].rstrip('.')}".rstrip(": ")

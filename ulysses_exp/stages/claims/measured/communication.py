@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ulysses_exp.launch import heartbeat
 from ulysses_exp.stages.claims.measured.batches import Batch
+from ulysses_exp.stages.claims.measured.checkpoints import said
 from ulysses_exp.stages.claims.measured.reference import Reference
 from ulysses_exp.stages.claims.measured.subject import Subject
 from ulysses_exp.stages.claims.measured.trainer import trainers_logits
@@ -41,7 +42,7 @@ def _bypass(subject: Subject, reference: Reference) -> tuple[dict[str, Any], dic
                 with torch.no_grad():
                     logits = subject.engine(**batch.inputs(device=subject.device), use_cache=False).logits
             except (AssertionError, RuntimeError, ValueError) as error:  # of a shape
-                found["refused"][batch.name] = _said(error)
+                found["refused"][batch.name] = said(error)
                 off[batch.name] = None
                 continue
             finally:
@@ -135,7 +136,3 @@ def difference(batch: Batch, logits: Tensor, expected: Tensor) -> float:
 def _attention_of(model: Any) -> Any:
     """The first layer's attention module."""
     return next(m for m in model.modules() if hasattr(m, "num_key_value_groups") and hasattr(m, "layer_idx"))
-
-
-def _said(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}".rstrip(": ")

@@ -25,6 +25,7 @@ from ulysses_exp.rank.data import load_corpus
 from ulysses_exp.rank.data.batches import Batches, MicroBatch
 from ulysses_exp.rank.engine import optimizer
 from ulysses_exp.stages.claims.measured.attention_calls import AttentionCalls
+from ulysses_exp.stages.claims.measured.checkpoints import said
 from ulysses_exp.stages.claims.measured.subject import Subject
 
 
@@ -168,5 +169,5 @@ def _exports(engine: deepspeed.DeepSpeedEngine, checkpoint: Path, room: Path) ->
             engine.module.config.save_pretrained(room / "fp32")
             found["zero_to_fp32"] = room / "fp32"
         except Exception as error:
-            found["zero_to_fp32"] = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+            found["zero_to_fp32"] = said(error)
     return found
