@@ -173,9 +173,9 @@ def _c5(ranks: Ranks, precision: str) -> Judged:
 def _c6(ranks: Ranks, precision: str) -> Judged:
     found = ranks[0]
     share = found["whole"] / max(1, found["elements"])
-    files = found["with_weights"]
-    where = f"in {files[0]}" + (f" and {len(files) - 1} more" if len(files) > 1 else "") if files else "in no file"
-    figure = f"{100 * share:.4g}% of the weights whole {where} ({len(found['files'])} files)"
+    first, *others = found["with_weights"] or ["any"]
+    where = first + (f" and {len(others)} more" if others else "")
+    figure = f"{100 * share:.4g}% of the weights whole in {where} of {len(found['files'])} files"
     if found["whole"] == found["elements"] and found["elements"]:
         return HOLDS, figure, "", None
     missing = ", ".join(found["missing"]) if found["whole"] else "any of the weights"
