@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 from unittest.mock import patch
@@ -22,10 +24,9 @@ def trainers_logits(subject: Subject, reference: Reference) -> dict[str, Any]:
         `samples`, of which `seen` came back, and the largest differences of `trainer`'s logits at real tokens, of the
         largest logit, by padding.
     """
-    trainers = _trainers()
     samples, expected = reference.samples, reference.sample_logits
     subject.engine.eval()
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, _trainers() as trainers:
         arguments = trainers.TrainingArguments(
             output_dir=folder, per_device_eval_batch_size=2, report_to=[], disable_tqdm=True,
             remove_unused_columns=False, label_names=["nothing"], use_cpu=subject.device.type == "cpu",
@@ -41,11 +42,15 @@ def trainers_logits(subject: Subject, reference: Reference) -> dict[str, Any]:
     return {"samples": len(samples), "seen": len(predicted), "trainer": found}
 
 
-def _trainers() -> Any:
+@contextmanager
+def _trainers() -> Iterator[Any]:
     """The module of Trainer, as it is where `datasets` is not installed: that would bring pandas, for isinstance alone,
     a second and a half on each rank."""
-    with patch("transformers.utils.is_datasets_available", lambda: False):
-        return import_module("transformers.trainer")
+    with (
+        patch("transformers.utils.is_datasets_available", lambda: False),
+        patch("accelerate.data_loader.is_datasets_available", lambda: False),
+    ):
+        yield import_module("transformers.trainer")
 
 
 class _Samples(Dataset):  # type: ignore[type-arg]
