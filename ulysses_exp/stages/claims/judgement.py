@@ -129,8 +129,8 @@ def _c4(ranks: Ranks, precision: str) -> Judged:
     if any(rank["seen"] != rank["samples"] for rank in ranks):
         problems.append(f"{ranks[0]['seen']} of {ranks[0]['samples']} sequences came back")
     whole = "plain" in wrong or "Trainer, plain" in wrong  # not a matter of padding
-    packed = set(wrong) <= {"packed"}
-    return (DOES_NOT if problems else HOLDS), figure, "; ".join(problems), 4 if whole else 3 if packed else 5
+    finding = None if not wrong else 4 if whole else 3 if set(wrong) == {"packed"} else 5
+    return (DOES_NOT if problems else HOLDS), figure, "; ".join(problems), finding
 
 
 def _c10(ranks: Ranks, precision: str) -> Judged:
