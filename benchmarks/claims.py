@@ -64,8 +64,7 @@ def document(results: dict[str, Any], pictures: dict[str, Picture]) -> str:
         "| --- | --- | --- | --- |",
     ]
     for claim in CLAIMS:
-        sides = [stage[claim.key][side] for side in SIDES]
-        verdicts = " | ".join(f"**{side['verdict']}**" if side["verdict"] != HOLDS else HOLDS for side in sides)
+        verdicts = " | ".join(_where(stage[claim.key][side]["cells"], layouts) for side in SIDES)
         lines.append(f"| [{claim.key}](#{claim.key.lower()}) | {escape(claim.sentence)} | {verdicts} |")
     for family in FAMILIES:
         lines += ["", f"## {family.capitalize()}"]
@@ -80,20 +79,32 @@ def document(results: dict[str, Any], pictures: dict[str, Picture]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _where(cells: dict[str, Any], layouts: list[Layout]) -> str:
+    """Which verdict where, e.g. `**does not hold**: sp 2, 4; holds: sp 1`."""
+    by_verdict = {v: [layout for layout in layouts if cells[layout.name]["verdict"] == v] for v in VERDICTS}
+    found = [
+        (f"**{verdict}**" if verdict != HOLDS else verdict) + ("" if len(those) == len(layouts) else f": {place}")
+        for verdict, those in by_verdict.items()
+        if those and (place := in_words(those, layouts))
+    ]
+    return "; ".join(found)
+
+
 def _rows(side: str, cells: dict[str, Any], layouts: list[Layout]) -> list[str]:
-    """A row for all layouts that have the same verdict; its figure and words are those of the last of them."""
+    """A row for all layouts that have the same verdict and figure; further words are those of the last of them."""
+    groups: dict[tuple[str, str], list[Layout]] = {}
+    for layout in layouts:
+        cell = cells[layout.name]
+        groups.setdefault((cell["verdict"], cell["figure"]), []).append(layout)
     found = []
-    for verdict in VERDICTS:
-        those = [layout for layout in layouts if cells[layout.name]["verdict"] == verdict]
-        if not those:
-            continue
+    for (verdict, figure), those in groups.items():
         cell = cells[those[-1].name]
-        where = in_words(those, layouts)
-        figure = escape(cell["figure"]) + (f" ({those[-1].name})" if len(those) > 1 else "")
         why = escape(cell.get("why", ""))
+        if any(cells[layout.name].get("why") != cell.get("why") for layout in those):
+            why = f"e.g. {those[-1].name}: {why}"
         if cell.get("finding"):
             why += f" ([finding {cell['finding']}](findings.md#{anchor(cell['finding'])}))"
-        found.append(f"| {side} | {where} | {verdict} | {figure} | {why} |")
+        found.append(f"| {side} | {in_words(those, layouts)} | {verdict} | {escape(figure)} | {why} |")
     return found
 
 
