@@ -33,7 +33,6 @@ class Shape:
     intermediate: int
     attention: int  # of q, k and v of a token
     vocabulary: int
-    windowed: bool  # some layers see a window
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,6 @@ def shape(config: Config) -> Shape | None:
         intermediate=inner_of_experts * routed,
         attention=attention,
         vocabulary=vocabulary,
-        windowed=_windowed(known),
     )
 
 
@@ -79,10 +77,6 @@ def _experts(known: dict[str, Any]) -> tuple[int, int]:
     """(experts of a layer, those that a token goes to)."""
     number = next((known[name] for name in ("num_local_experts", "num_experts") if known.get(name)), 1)
     return int(number), int(known.get("num_experts_per_tok") or 1) if number > 1 else 1
-
-
-def _windowed(known: dict[str, Any]) -> bool:
-    return bool(known.get("sliding_window")) and known.get("use_sliding_window", True) is not False
 
 
 def training(config: Config, of: Shape) -> Need:
@@ -107,13 +101,11 @@ def bypassed_evaluation(config: Config, of: Shape) -> Need:
     inner = 3 * of.intermediate / (tiles_of(memory.tiled_mlp, tokens) if memory.tiled_mlp else 1)
     layer = tokens * itemsize * (12 * of.hidden + of.attention + inner)
     states = 2 * tokens * itemsize * of.hidden
-    # transformers makes a mask of n x n where a token does not simply see all before it
-    mask = tokens**2 if of.windowed or config.data.name == "packed" or config.data.padding != "none" else 0
     compared = 3 * min(_LOGITS, 4 * tokens * of.vocabulary) if config.eval.mode == "both" else 0
     gathered = itemsize * min(of.parameters, _LIVE) if config.zero.stage == 3 else 0
     held = _held(config, of, gradients=False)
     buffers = 4 * min(of.parameters, _BUCKET) if config.zero.stage == 3 else 0
-    return Need(held + logits + mask, held + buffers + gathered + max(logits, compared, layer - states) + states + mask)
+    return Need(held + logits, held + buffers + gathered + max(logits, compared, layer - states) + states)
 
 
 def _itemsize(config: Config) -> int:
