@@ -54,7 +54,7 @@ def document(results: dict[str, Any], pictures: dict[str, Picture]) -> str:
         "evaluation and its checkpoints is held here against what happens, on two sides:",
         "",
         "- **upstream**: DeepSpeed and transformers alone, put together as their documentation says.",
-        "- **here**: through this project.",
+        "- **here**: through this project, whose own attention over whole sequences takes the place of the original.",
         "",
         f"Each is measured at sp {', '.join(map(str, sorted({layout.sp for layout in layouts})))} and ZeRO "
         f"{', '.join(map(str, sorted({layout.zero for layout in layouts})))}; `sp2-dp1-z3` is sp 2, one such group, "

@@ -145,7 +145,7 @@ def test_a_layout_that_the_model_has_not_is_a_cell_and_not_an_error() -> None:
     config = resolve(composed(["stages=[claims]", "device=cpu", "claims.layouts=[sp1-dp1-z0,sp3-dp1-z0]"])[0])
     first, second = layouts.asked(config)
     assert layouts.impossible(config, first) is None
-    assert layouts.impossible(config, second) == "8 query heads do not divide over sp 3"
+    assert layouts.impossible(config, second) == "512 tokens do not divide over sp 3"
 
 
 @pytest.mark.parametrize(

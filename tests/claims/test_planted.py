@@ -38,12 +38,12 @@ def configured() -> Config:
 
 
 def mask_dropped_in_bypass() -> contextlib.AbstractContextManager[Any]:
-    attention = Patched.attention
+    whole = Patched._whole
 
-    def without(self: Patched, module: Any, query: Any, key: Any, value: Any, mask: Any, *args: Any, **kwargs: Any):
-        return attention(self, module, query, key, value, mask if module.training else None, *args, **kwargs)
+    def without(self: Patched, kwargs: dict[str, Any], announced: Any) -> Any:
+        return whole(self, kwargs | {"attention_mask": None}, announced)
 
-    return patch.object(Patched, "attention", without)
+    return patch.object(Patched, "_whole", without)
 
 
 def all_to_all_left_in() -> contextlib.AbstractContextManager[Any]:

@@ -30,9 +30,8 @@ def model(task: Task, rank: int) -> dict[str, Any]:
     architecture = models.pretrained_config(task.config)
     with torch.device("meta"):
         built: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-            architecture, trust_remote_code=task.config.model.trust_remote_code,
-            attn_implementation=task.config.sp.attention,
-        )  # fmt: skip
+            architecture, trust_remote_code=task.config.model.trust_remote_code
+        )
     return models.describe(task.config, architecture, sum(p.numel() for p in built.parameters()))
 
 

@@ -67,28 +67,35 @@ Seen = list[tuple[tuple[tuple[int, int], ...], tuple[int, ...], bool]]
 
 
 class AttentionCalls:
-    """The calls of an attention function before and behind whatever is registered around it.
+    """The calls of attention as the model makes them, and as they arrive where whole sequences are attended to.
 
-    Open `behind` before something is registered and `before` afterwards. Of each call they note address and offset
-    of query, key and value, the query's shape, and whether there was a mask.
+    Of each call they note address and offset of query, key and value, the query's shape, and whether there was a mask.
     """
 
-    def __init__(self, name: str):
-        self.name = name
+    def __init__(self) -> None:
         self.came: Seen = []  # from the model
-        self.arrived: Seen = []  # at the original function
+        self.arrived: Seen = []  # at the attention over whole sequences
         self.collectives: Collectives | None = None
+        self._inside: set[int] = set()  # lists whose function is under way: it may call another that is noted there
         self._held: list[torch.Tensor] = []  # an address that is free again could be given twice
 
     @contextmanager
-    def behind(self) -> Iterator[None]:
-        with self._around(self.arrived, outermost=False):
+    def behind(self, name: str) -> Iterator[None]:
+        """What is registered from now on finds a function of this name that notes what arrives."""
+        with entry(ALL_ATTENTION_FUNCTIONS, name):
+            ALL_ATTENTION_FUNCTIONS[name] = self.arriving(ALL_ATTENTION_FUNCTIONS[name])
             yield
 
     @contextmanager
-    def before(self) -> Iterator[None]:
-        with self._around(self.came, outermost=True):
+    def before(self, name: str) -> Iterator[None]:
+        """What is registered under this name now is called through one that notes what comes."""
+        with entry(ALL_ATTENTION_FUNCTIONS, name):
+            ALL_ATTENTION_FUNCTIONS[name] = self._noting(ALL_ATTENTION_FUNCTIONS[name], self.came)
             yield
+
+    def arriving(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function`, an attention over whole sequences, noting its calls."""
+        return self._noting(function, self.arrived)
 
     @contextmanager
     def counted(self) -> Iterator[Collectives]:
@@ -108,24 +115,20 @@ class AttentionCalls:
         arrived = [tensors for tensors, _, _ in self.arrived]
         return sum(tensors not in arrived for tensors, _, _ in self.came)
 
-    @contextmanager
-    def _around(self, seen: Seen, outermost: bool) -> Iterator[None]:
-        with entry(ALL_ATTENTION_FUNCTIONS, self.name):
-            ALL_ATTENTION_FUNCTIONS[self.name] = self._noting(ALL_ATTENTION_FUNCTIONS[self.name], seen, outermost)
-            yield
-
-    def _noting(self, function: Callable[..., Any], seen: Seen, outermost: bool) -> Callable[..., Any]:
+    def _noting(self, function: Callable[..., Any], seen: Seen) -> Callable[..., Any]:
         def attention(module: Any, query: Any, key: Any, value: Any, mask: Any, *args: Any, **kwargs: Any) -> Any:
-            if self.collectives is None:
+            if self.collectives is None or id(seen) in self._inside:
                 return function(module, query, key, value, mask, *args, **kwargs)
             tensors = (query, key, value)
             self._held += tensors
             places = tuple((t.data_ptr(), t.storage_offset()) for t in tensors)
             seen.append((places, tuple(query.shape), mask is not None))
             was, self.collectives.inside = self.collectives.inside, True
+            self._inside.add(id(seen))
             try:
                 return function(module, query, key, value, mask, *args, **kwargs)
             finally:
                 self.collectives.inside = was
+                self._inside.discard(id(seen))
 
         return attention

@@ -12,7 +12,7 @@ from ulysses_exp.launch import heartbeat
 from ulysses_exp.stages.claims.measured.batches import Batch
 from ulysses_exp.stages.claims.measured.checkpoints import said
 from ulysses_exp.stages.claims.measured.reference import Reference
-from ulysses_exp.stages.claims.measured.subject import Subject
+from ulysses_exp.stages.claims.measured.subject import Subject, head_size
 from ulysses_exp.stages.claims.measured.trainer import trainers_logits
 
 
@@ -64,14 +64,15 @@ def _direct(subject: Subject) -> dict[str, Any]:
     module = _attention_of(subject.model)
     module.eval()
     rows, tokens = subject.config.train.micro_batch_size + 1, 31  # neither what it was constructed with
-    heads, kv, size = subject.direct.attn_head_count, subject.direct.global_kv_head_count, subject.direct.attn_head_size
+    heads = text.num_attention_heads
+    kv, size = getattr(text, "num_key_value_heads", None) or heads, head_size(text)
     draw = torch.Generator().manual_seed(subject.rank)
     dtype = next(subject.model.parameters()).dtype
     query, key, value = (
         torch.randn(rows, n, tokens, size, generator=draw).to(dtype).to(subject.device) for n in (heads, kv, kv)
     )
     mask = None
-    if subject.config.sp.attention == "sdpa":
+    if subject.config.sp.attention in ("auto", "sdpa", "transformers"):  # others have masks of their own kind
         causal = torch.ones(tokens, tokens, dtype=torch.bool).tril().expand(rows, 1, -1, -1).clone()
         causal[0, :, 10:, :10] = False
         mask = causal.to(subject.device)

@@ -46,3 +46,8 @@ class Subject:
     @property
     def model(self) -> Any:
         return self.engine.module
+
+
+def head_size(text: Any) -> int:
+    """Of an attention head, by a transformers text configuration."""
+    return int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)

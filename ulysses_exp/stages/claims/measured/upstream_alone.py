@@ -26,7 +26,7 @@ from ulysses_exp.rank.data.batches import Batches, MicroBatch
 from ulysses_exp.rank.engine import optimizer
 from ulysses_exp.stages.claims.measured.attention_calls import AttentionCalls
 from ulysses_exp.stages.claims.measured.checkpoints import said
-from ulysses_exp.stages.claims.measured.subject import Subject
+from ulysses_exp.stages.claims.measured.subject import Subject, head_size
 
 
 class UpstreamAlone:
@@ -73,11 +73,11 @@ class UpstreamAlone:
             engine.destroy()
 
     def _register(self, config: Config, model: Any) -> Any:
-        name, sp = config.sp.attention, config.sp.size
-        original = ALL_ATTENTION_FUNCTIONS[name]
-        calls = AttentionCalls(name)
-        self.stack.enter_context(calls.behind())
-        core = ALL_ATTENTION_FUNCTIONS[name]
+        name, sp = model.config._attn_implementation, config.sp.size
+        calls = AttentionCalls()
+        original = ALL_ATTENTION_FUNCTIONS.get(name)
+        if original is not None:  # else upstream refuses it
+            self.stack.enter_context(calls.behind(name))
         mpu = UlyssesSPAttentionHF.register_with_transformers(
             model_name_or_path=model,
             core_attn_implementation=name,
@@ -85,10 +85,12 @@ class UpstreamAlone:
             micro_batch_size=config.train.micro_batch_size,
             disable_in_eval=True,
         )
-        self.stack.enter_context(calls.before())
+        if original is not None:
+            self.stack.enter_context(calls.before(name))
         group = mpu.get_sequence_parallel_group() if mpu is not None else dist.new_subgroups(1)[0]
-        direct = constructed(UlyssesSPAttentionHF, core, config, model.config, group)
-        self.registered = calls, mpu, direct, original
+        whole = original or ALL_ATTENTION_FUNCTIONS["sdpa"]
+        direct = constructed(UlyssesSPAttentionHF, calls.arriving(whole), config, model.config, group)
+        self.registered = calls, mpu, direct, whole
         return self.registered
 
 
@@ -101,7 +103,7 @@ def constructed(
         attn=core,
         batch_size=config.train.micro_batch_size,
         attn_head_count=text.num_attention_heads,
-        attn_head_size=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
+        attn_head_size=head_size(text),
         kv_head_count=getattr(text, "num_key_value_heads", None) or text.num_attention_heads,
         num_hidden_layers=text.num_hidden_layers,
         process_group=group,
