@@ -26,6 +26,7 @@ class Recipe:
     bf16: bool = False
     tied: bool = False
     offload: bool = False
+    fused: bool = False  # AdamW
     hidden: int = 32
     layers: int = 2
     vocabulary: int = 64
@@ -45,7 +46,9 @@ def engine(layout: Layout, recipe: Recipe = Recipe(), seed: int = 0) -> Iterator
     if recipe.bf16:
         model.to(torch.bfloat16)
     if recipe.optimizer == "adamw":
-        optimizer: torch.optim.Optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
+        optimizer: torch.optim.Optimizer = torch.optim.AdamW(
+            model.parameters(), lr=1e-2, weight_decay=0.1, fused=recipe.fused
+        )
     else:
         momentum = 0.9 if recipe.optimizer == "momentum" else 0.0
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-1, momentum=momentum, weight_decay=0.1)
