@@ -99,7 +99,7 @@ def test_a_fused_optimizer_has_its_count_of_steps_where_its_weights_are() -> Non
         optimizer.param_groups[0]["fused"] = fused  # which torch refuses to make on this device
         engine = SimpleNamespace(module=module, optimizer=optimizer, basic_optimizer=optimizer)
         homes.prepare_states(
-            engine, {n: {"exp_avg"} for n in ("weight", "bias")}, dict.fromkeys(("weight", "bias"), {"step": 3.0})
+            engine, {n: {"exp_avg"} for n in ("weight", "bias")}, {n: {"step": 3.0} for n in ("weight", "bias")}
         )
         assert [state["step"].device.type for state in optimizer.state.values()] == ["meta" if fused else "cpu"] * 2
 
