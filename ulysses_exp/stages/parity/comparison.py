@@ -18,7 +18,7 @@ TOLERANCE = 1e-6
 #: In bf16 a layout may differ from one process by so many times what bf16 makes of that process itself: the distance of
 #: its bf16 run from its fp32 run. A layout rounds elsewhere than one process, so by chance it is as far from it as that
 #: is from fp32. Of a weight tensor, which is many numbers, that is sharp: measured at most 1.0 times
-#: (benchmarks/results/parity_bf16.md), and a lost window, document border or gradient scale is 15 times and more. Loss
+#: (benchmarks/results/parity_bf16.md), and a lost window or gradient scale is 12 times and more. Loss
 #: and gradient norm are one number a step, and the noise of three of them may come out far too small: measured up to
 #: 7.7 times, and Student's t with 3 degrees of freedom is beyond 25 once in 7,000.
 WEIGHT_NOISE, SCALAR_NOISE = 3.0, 25.0
