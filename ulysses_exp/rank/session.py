@@ -110,7 +110,8 @@ def open_session(task: Task, rank: int) -> Iterator[Session]:
     device = torch.device("cuda", torch.cuda.current_device()) if device_of(config) == "cuda" else torch.device("cpu")
     with contextlib.ExitStack() as stack:
         all_to_alls = stack.enter_context(AllToAllCounter())
-        model = models.build(config, task.options.get("model_seed"), rank)
+        with _on_all_cores() if rank == 0 else contextlib.nullcontext():
+            model = models.build(config, task.options.get("model_seed"), rank)
         _wait_for_rank_0(rank)
         description = models.describe(config, model.config, sum(p.numel() for p in model.parameters()))
         corpus = load_corpus(config, model.config.get_text_config().vocab_size)
@@ -140,6 +141,21 @@ def open_session(task: Task, rank: int) -> Iterator[Session]:
             all_to_alls=all_to_alls,
             model=description,
         )
+
+
+@contextlib.contextmanager
+def _on_all_cores() -> Iterator[None]:
+    """Weights are read, converted and checked on all cores that this process may use: the other ranks wait.
+
+    Random ones are drawn one after another on any number of threads (torch's generator is locked for a whole tensor),
+    so a seed gives the same weights, in the same time.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _wait_for_rank_0(rank: int) -> None:
