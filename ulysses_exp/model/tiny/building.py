@@ -10,7 +10,12 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 _MATRIX, _VECTOR = 0.1, 0.1  # standard deviations of what is added to a parameter
 
 
-def built(config: PretrainedConfig, attention: str | None = None, seed: int = 0) -> PreTrainedModel:
+def built(
+    config: PretrainedConfig,
+    attention: str | None = None,
+    kind: type[PreTrainedModel] | None = None,
+    seed: int = 0,
+) -> PreTrainedModel:
     """A causal LM in fp32 and in training mode, the same for the same seed.
 
     No parameter keeps a special initial value: a bias of zero, a norm of one or a closed gate would hide what depends
@@ -18,12 +23,13 @@ def built(config: PretrainedConfig, attention: str | None = None, seed: int = 0)
 
     Args:
         attention: transformers' name of the attention function; None: sdpa where the type has it, else eager.
+        kind: the class of the model; None: the causal LM that transformers has for the configuration.
 
     Raises:
         Exception: whatever the model's class says of its configuration.
     """
     torch.manual_seed(seed)
-    model = _model(config, attention)
+    model = _model(config, attention, kind)
     noise = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -36,8 +42,10 @@ def built(config: PretrainedConfig, attention: str | None = None, seed: int = 0)
     return model.train()
 
 
-def _model(config: PretrainedConfig, attention: str | None) -> PreTrainedModel:
+def _model(config: PretrainedConfig, attention: str | None, kind: type[PreTrainedModel] | None) -> PreTrainedModel:
     def make(name: str) -> Any:
+        if kind is not None:
+            return kind._from_config(config, attn_implementation=name, dtype=torch.float32)
         return AutoModelForCausalLM.from_config(config, attn_implementation=name, dtype=torch.float32)
 
     if attention is not None:

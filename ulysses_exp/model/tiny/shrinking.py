@@ -89,6 +89,8 @@ def shrunk(config: PretrainedConfig) -> PretrainedConfig:
             settings[name] = 0.0
         if name == "rope_parameters" and isinstance(value, Mapping):
             settings[name] = _rope(value)
+            if value.get("rope_type") == "dynamic":  # which begins where positions end
+                settings["max_position_embeddings"] = _SIZES["original_max_position_embeddings"]
     settings |= SETTINGS.get(config.model_type, {})
     settings.pop("model_type", None)
     made = type(config)(**settings)
@@ -125,6 +127,8 @@ def _sizes(settings: Mapping[str, Any]) -> dict[str, Any]:
 def _rope(given: Mapping[str, Any]) -> dict[str, Any]:
     """A rotary embedding, or one for each kind of layer, that is scaled beyond its first tokens."""
     small = {name: _rope(value) if isinstance(value, Mapping) else value for name, value in given.items()}
+    turned = int(HEAD_DIM * (small.get("partial_rotary_factor") or 1)) // 2
+    small |= {name: value[:turned] for name, value in small.items() if name in ("short_factor", "long_factor")}
     if "original_max_position_embeddings" in small:
         small["original_max_position_embeddings"] = _SIZES["original_max_position_embeddings"]
     return small
