@@ -126,7 +126,7 @@ def _sizes(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def _rope(given: Mapping[str, Any]) -> dict[str, Any]:
     """A rotary embedding, or one for each kind of layer, that is scaled beyond its first tokens."""
-    small = {name: _rope(value) if isinstance(value, Mapping) else value for name, value in given.items()}
+    small: dict[str, Any] = {n: _rope(v) if isinstance(v, Mapping) else v for n, v in given.items()}
     turned = int(HEAD_DIM * (small.get("partial_rotary_factor") or 1)) // 2
     small |= {name: value[:turned] for name, value in small.items() if name in ("short_factor", "long_factor")}
     if "original_max_position_embeddings" in small:
