@@ -147,6 +147,11 @@ class ParityConfig:
 
 
 @dataclass
+class ClaimsConfig:
+    layouts: list[str] | None = None  # where each claim is measured; null: sp 1, 2 and 4 at ZeRO 0 to 3
+
+
+@dataclass
 class PlanConfig:
     hardware: str = "h100"
     search: bool = True
@@ -203,6 +208,7 @@ class Config:
     reload: ReloadConfig = field(default_factory=ReloadConfig)
     parity: ParityConfig = field(default_factory=ParityConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
+    claims: ClaimsConfig = field(default_factory=ClaimsConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)
