@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-c
 STAMP := $(VENV)/.installed
 ARGS ?=
 
-.PHONY: run test test-long setup lint bench audit
+.PHONY: run test test-long test-gpu setup lint bench audit wheels
 run: setup
 	@$(BIN)/python run.py $(ARGS)
 
@@ -17,11 +17,17 @@ test: setup
 test-long: setup # one after another: some look at what is left on the machine
 	@$(BIN)/python -m pytest -m long -n 0
 
+test-gpu: # where there is a GPU; perhaps without a network, so nothing is set up
+	@$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m pytest -m gpu -n 0
+
 lint: setup
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports --no-logo
 
 bench: setup
 	@$(BIN)/python benchmarks/speed.py
+
+wheels: setup # what a machine lacks that has torch and transformers, and no network: docs/gpu.md
+	@$(BIN)/python benchmarks/gpu_wheels.py
 
 audit:
 	@PYTHON="$(PYTHON)" .ci/audit

@@ -25,7 +25,8 @@ import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from ulysses_exp.model.attention import cpu_causal  # noqa: E402
+from ulysses_exp.model.attention import core  # noqa: E402
+from ulysses_exp.model.attention.documents import Documents  # noqa: E402
 
 #: Query heads, KV heads and their size: a rank of tiny_llama at sp 4 and at sp 2, and heads of larger models.
 HEADS = ((2, 1, 16), (4, 2, 16), (4, 4, 64), (2, 1, 128))
@@ -37,7 +38,8 @@ def torchs(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def ours(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    return cpu_causal.causal(query, key, value, None)
+    plan = core.Plan(Documents(query.shape[0], query.shape[2]))
+    return core.torchs(query, key, value, plan, core.Scores()).transpose(1, 2)
 
 
 def seconds(attention: Callable[..., Tensor], tensors: list[Tensor], gradient: Tensor) -> float:
@@ -95,7 +97,7 @@ def markdown(report: dict[str, Any]) -> str:
         f"`python benchmarks/attention_cpu.py`: {report['machine']}; torch {report['torch']}, fp32, one thread, one "
         f"sequence, forward and backward. Ours over torch's `scaled_dot_product_attention`: the median of "
         f"{report['rounds']} neighbouring turns with their middle half, and torch's time. The outputs are equal bit "
-        "for bit, the gradients to rounding (tests/attention/test_cpu_causal.py).",
+        "for bit, the gradients to rounding (tests/attention/test_cpu_blocks.py).",
         "",
         f"| tokens | {shapes} |",
         "| ---: |" + " --- |" * len(HEADS),

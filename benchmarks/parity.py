@@ -43,7 +43,7 @@ VARIANTS: dict[str, list[str]] = {
     "qwen 3": ["model=tiny_qwen3"],
     "one micro step": ["train.global_batch_size=4", "train.micro_batch_size=MAX"],
     "clipping": ["optim.grad_clip=0.5"],
-    # from 512 tokens on the attention's backward works in blocks of 128 (attention/cpu_causal.py); the last has 16 here
+    # from 512 tokens on the backward works in blocks of 128 (attention/kernels/cpu_blocks.py); the last has 16 here
     "1,040 tokens": ["train.seq_len=1040"],
     "1,040 tokens, packed": ["train.seq_len=1040", "data=packed", "data.mean_document=800"],
     "small weights kept gathered": ["zero.param_persistence_threshold=100000"],  # DeepSpeed's default

@@ -33,8 +33,8 @@ os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "benchmarks")]
 from plan_alst_kernels import liger  # noqa: E402
 
 from ulysses_exp.config import Config, MemoryConfig, ModelConfig, OptimConfig  # noqa: E402
+from ulysses_exp.config.hardware import GIB, load  # noqa: E402
 from ulysses_exp.plan.forks import Forks, forks  # noqa: E402
-from ulysses_exp.plan.hardware import GIB, load  # noqa: E402
 from ulysses_exp.plan.planner import Planner  # noqa: E402
 from ulysses_exp.plan.step_time import step_time, work  # noqa: E402
 

@@ -29,11 +29,19 @@ def composed_anew(job):
     return None
 
 
+DEEPSPEED = "sp.exchange=deepspeed"  # which takes heads that divide
+
+
 @pytest.mark.parametrize(
     "overrides",
     [
-        ["sp.size=1,3", "zero=stage0,stage3", "zero.offload_optimizer=true,false"],
-        ["model=tiny_llama,tiny_llama_mqa", "model.architecture.num_attention_heads=8,6", "sp.size=2,4"],
+        ["sp.size=1,3", "sp.exchange=deepspeed", "zero=stage0,stage3", "zero.offload_optimizer=true,false"],
+        [
+            "model=tiny_llama,tiny_llama_mqa",
+            "model.architecture.num_attention_heads=8,6",
+            "sp.size=2,4",
+            "sp.exchange=deepspeed,fused",
+        ],
         ["stages=[train],[eval]", "reload.layouts=[sp1-dp1-z0],[sp3-dp1-z0]", "seed=1,-1"],
         ["+train.foo=1,2", "optim=adamw,sgd"],
         ["experiment=sp_scaling,eval_bypass", "hydra.sweeper.params=null", "sp.size=2,3", "train.seq_len=510,512"],
@@ -48,16 +56,18 @@ def test_they_are_what_composing_each_job_would_find(overrides):
 
 def test_a_thousand_take_seconds_and_a_reason_is_told_once():
     began = time.process_time()
-    found = lost("sp.size=range(1,101)", "train.seq_len=512,1024", "train.global_batch_size=1,2,4,8,16")
+    found = lost("sp.size=range(1,101)", "train.seq_len=512,1024", "train.global_batch_size=1,2,4,8,16", DEEPSPEED)
     assert time.process_time() - began < 10
     assert len(found) == 1000 - 4 * 2 * 5
     (line,) = reasons(found)
-    assert line.startswith("skipped 960 jobs: sp.size: 8 query heads do not divide over sp 3; set one of [1, 2, 4, 8]")
+    assert line.startswith(
+        "skipped 960 jobs: sp.size: 8 query heads do not divide over sp 3 in sp.exchange=deepspeed; set"
+    )
     assert "(also sp.size=5, 6, 7, 9," in line and line.endswith(", ...)") and len(line) < 300
 
 
 def test_a_job_knows_its_place_and_its_layout():
-    (only,) = lost("sp.size=2,3")
+    (only,) = lost("sp.size=2,3", DEEPSPEED)
     assert only.number == 1 and "sp.size=3" in only.overrides
     assert only.config.sp.size == 3 and only.config.layout.name == "sp3-dp1-z2"
 

@@ -14,15 +14,26 @@ from ulysses_exp.config.paths import CONF
 
 WRONG = [
     # (overrides, the key that the message names)
-    (["sp.size=3"], "sp.size"),
+    (["sp.size=3", "sp.exchange=deepspeed"], "sp.size"),
+    (["sp.size=3"], "train.seq_len"),
     (["sp.size=-2"], "sp.size"),
     (["sp.size=two"], "sp.size"),
-    (["sp.size=16"], "sp.size"),
+    (["sp.size=16", "sp.exchange=deepspeed"], "sp.size"),
+    (["sp.size=100"], "train.seq_len"),
+    (["sp.attention=transformers", "sp.size=2"], "sp.attention"),
     (["dp.size=0"], "dp.size"),
     (["stages=[plan]", "sp.size=8", "dp.size=100000000", "train.global_batch_size=100000000"], "dp.size"),
     (["dp.size=3"], "train.global_batch_size"),
-    (["model.architecture.num_key_value_heads=3", "sp.size=2"], "sp.size"),
-    (["model.architecture.num_attention_heads=6", "sp.size=4"], "sp.size"),
+    (["model.architecture.num_key_value_heads=3", "sp.size=2"], "model.architecture.num_key_value_heads"),
+    (
+        [
+            "model.architecture.num_attention_heads=6",
+            "model.architecture.num_key_value_heads=2",
+            "sp.size=4",
+            "sp.exchange=deepspeed",
+        ],
+        "sp.size",
+    ),
     (["train.seq_len=510", "sp.size=4"], "train.seq_len"),
     (["train.seq_len=1"], "train.seq_len"),
     (["train.seq_len=long"], "train.seq_len"),
@@ -72,6 +83,7 @@ WRONG = [
     (["sp.exchange=nccl"], "sp.exchange"),
     (["tracker.mode=on"], "tracker.mode"),
     (["launch=ssh"], "launch"),
+    (["launch.backend=mpi"], "launch.backend"),
     (["device=tpu"], "device"),
     (["experiment=none_such"], "experiment"),
     (["data=packed", "data.padding=left"], "data.padding"),
@@ -157,6 +169,7 @@ def test_gpus_that_are_not_there(monkeypatch):
         monkeypatch.setattr(f"ulysses_exp.config.{place}.accelerators", lambda: 2)
     with pytest.raises(ConfigError, match=r"sp\.size: .*needs 4 GPUs, 2 are present"):
         composed("sp.size=4", "device=cuda")
+    composed("sp.size=4", "device=cuda", "launch.backend=gloo")  # where they are shared
 
 
 def test_compiling_without_a_compiler_is_refused(monkeypatch, tmp_path):

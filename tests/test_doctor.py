@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 from checkout import ROOT
 
-from ulysses_exp.config import Config
+from ulysses_exp.config import Config, nvml
 from ulysses_exp.doctor import accelerators, machine, network, remains, storage, versions
 from ulysses_exp.doctor.__main__ import asked_for, examine
 from ulysses_exp.doctor.finding import Asked, Finding
@@ -131,11 +131,11 @@ def test_limits_are_told(asked: Asked, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_share_of_a_control_group(asked: Asked, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(machine, "_control_groups", lambda: [tmp_path])
+    monkeypatch.setattr(machine.machine, "control_groups", lambda: [tmp_path])
     for name, text in (("cpu.max", "50000 100000\n"), ("memory.max", f"{300 * 2**20}\n"), ("memory.current", "0\n")):
         (tmp_path / name).write_text(text)
     found = of(asked, "machine")
-    assert machine.cores() == 0.5 and "turns" in found["cores"].said
+    assert machine.machine.cores() == 0.5 and "turns" in found["cores"].said
     assert found["memory"].state == "warning" and "300 MiB that the control group allows" in found["memory"].said
     (tmp_path / "memory.max").write_text("max\n")
     assert of(asked, "machine")["memory"].state == "ok"
@@ -191,7 +191,7 @@ def gpus(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mon
     def load(name: str | None, *more: object, **others: object) -> ctypes.CDLL:
         return real(str(library) if name == "libnvidia-ml.so.1" else name, *more, **others)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(accelerators.ctypes, "CDLL", load)
+    monkeypatch.setattr(nvml.ctypes, "CDLL", load)
     monkeypatch.setattr(accelerators, "accelerators", lambda: 2)
     monkeypatch.setattr(accelerators, "device_of", lambda config: "cuda")
 

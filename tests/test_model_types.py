@@ -80,7 +80,8 @@ def test_what_the_process_that_tries_models_answers():
 
 @pytest.mark.long  # a process that imports torch
 def test_an_unknown_model_is_refused_before_ranks_start(monkeypatch):
-    assert tried.right("llama") and not tried.right("bloom")
+    assert tried.right("llama", {}) and not tried.right("bloom", {})
+    assert not tried.right("llama", {"rope_parameters": {"rope_type": "longrope"}})
     monkeypatch.setattr(model_check, "_answers", {})
     try:
         monkeypatch.setattr(model_check.model_rules, "why_not_sharded", lambda *_: None)
@@ -99,7 +100,7 @@ def test_what_another_transformers_ran_right_is_tried_again(tmp_path, monkeypatc
     monkeypatch.setattr(tried, "FILE", tmp_path / "tried.json")
     tried._found.cache_clear()
     try:
-        assert not tried.right("llama")
+        assert not tried.right("llama", {})
     finally:
         tried._found.cache_clear()
 

@@ -81,3 +81,16 @@ def test_the_architecture_overrides_a_folders(tmp_path):
 def _resident() -> int:
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * resource.getpagesize()
+
+
+def test_a_seed_gives_the_same_weights_on_any_number_of_threads():
+    before = torch.get_num_threads()
+    try:
+        weights = []
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            model = models.build(configured(hidden_size=256, vocab_size=4096))  # tensors large enough to be shared out
+            weights.append(torch.cat([parameter.detach().flatten() for parameter in model.parameters()]))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(weights[0], other) for other in weights[1:])

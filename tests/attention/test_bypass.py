@@ -46,7 +46,14 @@ def _logits(rank: int, how: str, family: str, kind: str) -> float:
 @pytest.mark.parametrize("how", ["deepspeed", "fused", "UlyssesSPAttentionHF", "FusedUlyssesAttention"])
 @pytest.mark.parametrize("kind", ["left", "right", "packed"])
 def test_logits_are_the_unpatched_models(ranks: RankPool, how: str, kind: str) -> None:
-    assert ranks.run(_logits, how, "gqa" if "Ulysses" in how else "gemma3", kind) == [0.0] * 4
+    """To the bit where transformers' function is called; the core attention makes no mask and rounds otherwise."""
+    direct = "Ulysses" in how
+    assert max(ranks.run(_logits, how, "gqa" if direct else "gemma3", kind)) <= (0.0 if direct else 5e-6)
+
+
+@pytest.mark.parametrize("how", ["deepspeed", "fused"])
+def test_logits_of_plain_batches_are_the_same_to_the_bit(ranks: RankPool, how: str) -> None:
+    assert ranks.run(_logits, how, "gqa", "plain") == [0.0] * 4
 
 
 def test_upstream_loses_the_mask(ranks: RankPool) -> None:
@@ -88,7 +95,6 @@ def _evaluated(rank: int, folder: str) -> tuple[float, float]:
     import os
 
     from transformers import Trainer, TrainingArguments
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "4", "ACCELERATE_USE_CPU": "true"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}  # read, not used: the process group exists
@@ -108,14 +114,13 @@ def _evaluated(rank: int, folder: str) -> tuple[float, float]:
     )
     trainer = Trainer(model=model, args=arguments, eval_dataset=sequences, data_collator=collate)
     unpatched = trainer.evaluate()["eval_loss"]
-    before = ALL_ATTENTION_FUNCTIONS["sdpa"]
-    with ulysses(model, sp=4, exchange="fused", micro_batch_size=1):
-        assert ALL_ATTENTION_FUNCTIONS["sdpa"] is not before
+    with ulysses(model, sp=4, exchange="fused", micro_batch_size=1) as handle:
         bypassed = trainer.evaluate()["eval_loss"]
+        assert handle.attention_calls > 0
     return unpatched, bypassed
 
 
 def test_trainer_evaluates_a_bypassed_model(ranks: RankPool, tmp_path) -> None:
     results = ranks.run(_evaluated, str(tmp_path))
-    assert all(unpatched == bypassed for unpatched, bypassed in results)
+    assert all(abs(unpatched - bypassed) <= 1e-6 * unpatched for unpatched, bypassed in results)
     assert len(set(results)) == 1

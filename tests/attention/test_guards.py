@@ -118,14 +118,15 @@ def _registration(rank: int, case: str) -> None:
     if case == "eager":
         attention = "eager"
     if case == "layer_types":
-        changes["layer_types"] = ["full_attention", "chunked_attention"]
+        changes["layer_types"] = ["full_attention", "linear_attention"]
     if case == "heads":
         changes = {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 3}
+    exchange = "deepspeed" if case in ("heads", "twice") else "fused"
     model = tiny.model(family, attention, **changes)
-    attention = {"mismatch": "flex_attention", "unknown": "sage"}.get(case, attention)
-    with ulysses(model, sp=4, attention=attention, micro_batch_size=1):
+    attention = {"unknown": "sage", "transformers": "transformers"}.get(case, attention)
+    with ulysses(model, sp=4, attention=attention, exchange=exchange, micro_batch_size=1):
         if case == "twice":
-            with ulysses(model, sp=2, micro_batch_size=1):
+            with ulysses(tiny.model(family), sp=2, exchange=exchange, micro_batch_size=1):
                 pass
 
 
@@ -134,9 +135,9 @@ def _registration(rank: int, case: str) -> None:
     [
         ("eager", "set sp.attention=sdpa"),
         ("unknown", "sp.attention=sage"),
-        ("mismatch", "built with attention sdpa, not flex_attention"),
-        ("layer_types", "layers of type chunked_attention"),
-        ("heads", "6 query heads do not divide over sp.size=4"),
+        ("transformers", "makes masks of n x n, which Ulysses cannot shard; set sp.size=1"),
+        ("layer_types", "layers of type linear_attention"),
+        ("heads", "6 query heads and 3 KV heads do not divide over sp.size=4 in sp.exchange=deepspeed"),
         ("twice", "already registered in this process"),
     ],
 )

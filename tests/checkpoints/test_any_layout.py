@@ -10,15 +10,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import pytest
 import torch
 import torch.distributed as dist
 from checkpoint_ranks import run
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from tiny_engine import Recipe, engine, steps
 
 from ulysses_exp.layout import Layout
 from ulysses_exp.rank import checkpoints
 from ulysses_exp.rank.checkpoints import streaming
+from ulysses_exp.rank.checkpoints.digest import digest, digest_where_it_lies, to_hex
+from ulysses_exp.rank.checkpoints.fingerprints import module_digests
 
 # 3 steps of 2 micro steps are no multiple of the 4 that a layout with one replica accumulates
 BEFORE, AFTER = 3, 3
@@ -129,6 +133,70 @@ def disturb(layout: Layout) -> tuple[bool, bool]:
 @pytest.mark.parametrize("name", ["sp2-dp1-z0", "sp2-dp1-z2"])
 def test_a_rank_that_differs_is_found(name: str) -> None:
     assert run(2, disturb, Layout.parse(name)) == [(True, False)] * 2
+
+
+def save_what_comes_to_the_host_late(folder: Path, layout: Layout, waits: bool) -> bool:
+    """As from a device: host memory is filled only when it is waited for, and digests are made where the tensor lies.
+    Each rank is a machine of its own, so that parts are also sent."""
+
+    def to_host(data: list[torch.Tensor], stream: None) -> tuple[list[torch.Tensor], Callable[[], None]]:
+        hosts = [torch.full_like(part, 255) for part in data]
+
+        def arrive() -> None:
+            for host, part in zip(hosts, data, strict=True):
+                host.copy_(part)
+
+        return hosts, arrive if waits else lambda: None
+
+    streaming.to_host = to_host
+    streaming.PIECE_BYTES = 1 << 12  # many rounds
+    streaming._on_this_machine = lambda: [rank == dist.get_rank() for rank in range(dist.get_world_size())]
+    streaming.digest = lambda data, start: digest_where_it_lies(data.view(torch.uint8), start * data.element_size())
+    with engine(layout) as made:
+        steps(made, layout, 0, 1)
+        checkpoints.save(made, folder, layout=layout, step=1, state={})
+        try:
+            loaded = checkpoints.load(made, folder, layout=layout)
+        except checkpoints.CheckpointError:
+            return False
+        return bool(loaded.weights_bit_exact and loaded.optimizer_bit_exact)
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_nothing_is_written_before_it_has_come_from_the_device(waits: bool, tmp_path: Path) -> None:
+    assert run(2, save_what_comes_to_the_host_late, tmp_path / "step1", Layout(1, 2, 3), waits) == [waits] * 2
+
+
+def digests_where_nothing_may_be_gathered(recipe: Recipe) -> tuple[bool, bool, dict[str, str], dict[str, str]]:
+    """Of ZeRO 3 (are ranks alike, also when one's copy of a small parameter differs, digests, those of gathered
+    weights)."""
+    with engine(Layout(1, 2, 3), recipe) as made:
+        steps(made, Layout(1, 2, 3), 0, 1)
+        sharded = dict(made.module.named_parameters())
+        own = [p for p in sharded.values() if p.ds_status == ZeroParamStatus.AVAILABLE]
+        assert own and len(own) < len(sharded)
+        gather = deepspeed.zero.GatheredParameters.__enter__
+        deepspeed.zero.GatheredParameters.__enter__ = None  # calling it is an error
+        found, alike = module_digests(made), checkpoints.weights_identical(made, dist.group.WORLD)
+        before = own[0].data.clone()
+        if dist.get_rank() == 1:
+            own[0].data.view(-1)[3] += 1e-1
+        disturbed = checkpoints.weights_identical(made, dist.group.WORLD)
+        own[0].data.copy_(before)
+        deepspeed.zero.GatheredParameters.__enter__ = gather
+        with deepspeed.zero.GatheredParameters(list(sharded.values())):
+            whole = {name: to_hex(digest(parameter.data)) for name, parameter in sharded.items()}
+        return alike, disturbed, found, whole
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_under_zero_3_ranks_hash_their_parts_and_the_digests_are_those_of_whole_weights(bf16: bool) -> None:
+    # the embeddings of 150,000 elements are gathered when they are used, all else stays gathered
+    for alike, disturbed, found, whole in run(
+        2, digests_where_nothing_may_be_gathered, Recipe(bf16=bf16, vocabulary=4699)
+    ):
+        assert alike and not disturbed
+        assert found == whole
 
 
 def keep_two(folder: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ulysses_exp.rank.checkpoints.digest import digest
+from ulysses_exp.rank.checkpoints.digest import digest, digest_bytes, digest_where_it_lies
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.uint8])
@@ -33,3 +33,13 @@ def test_a_single_bit_counts(index: int) -> None:
 def test_order_and_sign_of_zero_count() -> None:
     assert digest(torch.tensor([1.0, 2.0, 3.0])) != digest(torch.tensor([3.0, 2.0, 1.0]))
     assert digest(torch.tensor([0.0, 0.0])) != digest(torch.tensor([0.0, -0.0]))
+
+
+@pytest.mark.parametrize("size", [0, 1, 7, 8, 64, 131_072, 131_079, 262_144 * 70 + 3])
+@pytest.mark.parametrize("offset", [0, 2, 8, 131_070, 131_072, 8 * 16_384 * 5 + 12])
+def test_an_accelerators_way_gives_the_same_digest(size: int, offset: int) -> None:
+    """Also where the data lies at no multiple of 8, as a fragment of a flat buffer may."""
+    data = torch.randint(256, (size + 4,), dtype=torch.uint8, generator=torch.Generator().manual_seed(size))
+    for begin in (0, 1, 4):
+        part = data[begin : begin + size]
+        assert digest_where_it_lies(part, offset) == digest_bytes(part.numpy(), offset)

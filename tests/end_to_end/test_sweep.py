@@ -36,7 +36,14 @@ def test_every_job_runs_whatever_becomes_of_another_and_again_where_it_changed(c
     broken.mkdir()
     (broken / "config.json").write_text(json.dumps({"model_type": "llama", **SMALL}))
     (broken / "model.safetensors").write_text("no weights")
-    sweep = ["-m", "sweep.name=names", f"model.name_or_path={broken},null", "sp.size=2,3", *QUICK]
+    sweep = [
+        "-m",
+        "sweep.name=names",
+        f"model.name_or_path={broken},null",
+        "sp.size=2,3",
+        "sp.exchange=deepspeed",
+        *QUICK,
+    ]
     done = command(*sweep, cwd=tmp_path)
     assert done.returncode == 1, done.stdout + done.stderr
     assert sorted(statuses(tmp_path).values()) == ["failed", "ok", "skipped", "skipped"]

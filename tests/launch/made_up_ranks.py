@@ -72,3 +72,11 @@ def evaluates(folder, rank):
     begin(folder, rank)
     heartbeat.beat("evaluating")
     time.sleep(60)
+
+
+def aborted(folder, rank, said):
+    """As NCCL's watchdog ends a process, after its flight recorder has written."""
+    begin(folder, rank)
+    (folder / f"collectives-rank{rank}").write_bytes(b"")
+    (folder / f"rank{rank}.err").write_text(said)
+    os.abort()

@@ -12,6 +12,7 @@ import pytest
 
 from ulysses_exp.config import Config
 from ulysses_exp.launch import heartbeat, stopping
+from ulysses_exp.launch.environment import record_collectives
 from ulysses_exp.launch.failure import RankFailure
 from ulysses_exp.launch.standstill import waited_in
 from ulysses_exp.launch.supervision import prepare, supervise
@@ -171,3 +172,38 @@ def test_where_a_rank_waited_is_read_from_its_traceback():
     work.wait()
 RuntimeError: Timed out waiting 20000ms"""
     assert waited_in(trace) == "waited in all_to_all_single at ulysses_exp/rank/step.py:196"
+
+
+NCCL_GAVE_UP = (
+    "[rank0]:[E1125 12:00:00.1 ProcessGroupNCCL.cpp:700] [Rank 0] Watchdog caught collective operation timeout: "
+    "WorkNCCL(SeqNum=12, OpType=ALLTOALL_BASE, NumelIn=8, NumelOut=8, Timeout(ms)=1000) ran for 1001 milliseconds "
+    "before timing out.\n"
+)
+
+
+def test_of_ranks_that_nccls_watchdog_ends_the_one_they_waited_for_is_named_and_the_collectives_told(server, task):
+    forks = {
+        0: server.fork(ranks.aborted, task.results, 0, NCCL_GAVE_UP),
+        1: server.fork(ranks.waits, task.results, 1),
+    }
+    with pytest.raises(RankFailure) as caught:
+        supervise(task, forks)
+    said = str(caught.value)
+    assert said.startswith("rank 1: stands still"), said
+    assert "rank 0 waited in NCCL's alltoall_base for launch.timeout_s" in said
+    assert said.endswith("the ranks' last collectives: torchfrtrace -p collectives-rank ranks/main")
+
+
+def test_where_collectives_are_written_is_for_the_user_to_say(monkeypatch, tmp_path):
+    for name in [n for n in os.environ if n.startswith(("TORCH_FR_", "TORCH_NCCL_"))]:
+        monkeypatch.delenv(name)
+    for name in ("TORCH_NCCL_DUMP_ON_TIMEOUT", "TORCH_FR_BUFFER_SIZE", "TORCH_FR_DUMP_TEMP_FILE"):
+        monkeypatch.setenv(name, "")  # so that it is put back afterwards
+        monkeypatch.delenv(name)
+    record_collectives(tmp_path)
+    assert os.environ["TORCH_FR_DUMP_TEMP_FILE"] == str(tmp_path / "collectives-rank")
+    assert os.environ["TORCH_FR_BUFFER_SIZE"] == "2000" and os.environ["TORCH_NCCL_DUMP_ON_TIMEOUT"] == "1"
+    monkeypatch.delenv("TORCH_FR_DUMP_TEMP_FILE")
+    monkeypatch.setenv("TORCH_NCCL_DEBUG_INFO_TEMP_FILE", "/elsewhere/rank")
+    record_collectives(tmp_path)
+    assert "TORCH_FR_DUMP_TEMP_FILE" not in os.environ

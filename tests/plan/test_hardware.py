@@ -8,7 +8,7 @@ import pytest
 from checkout import ROOT
 
 from ulysses_exp.config import ConfigError
-from ulysses_exp.plan.hardware import GIB, load
+from ulysses_exp.config.hardware import GIB, load
 from ulysses_exp.rank.metrics.flops import PEAK
 
 NAMES = sorted(path.stem for path in (ROOT / "conf" / "hardware").glob("*.yaml"))

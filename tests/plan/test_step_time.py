@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from ulysses_exp.config import Config
-from ulysses_exp.plan.hardware import load
+from ulysses_exp.config.hardware import load
 from ulysses_exp.plan.step_time import Work, collectives, step_time
 from ulysses_exp.plan.trace import Trace
 

@@ -276,7 +276,7 @@ def _compose(overrides: list[str], check: bool) -> tuple[dict[str, str], Config 
     cfg, of_hydra = composed(overrides)
     checked = None
     if check:
-        checked = config.resolve(sources.inherit(cfg, overrides))
+        checked = config.resolve(sources.inherit(cfg, overrides), overrides)
         before_start.check(checked)
         _name_run(f"{checked.model.name}-{checked.layout.name}")
     axes = dict(of_hydra.sweeper.params or {}) if of_hydra.mode == RunMode.MULTIRUN else {}
@@ -353,7 +353,7 @@ def _run_job(cfg: Any, sweep: Sweep) -> float | None:
     name = folder.name
     try:
         cfg = sources.inherit(cfg, list(hydra_config.overrides.task))
-        config = schema.resolve(cfg)
+        config = schema.resolve(cfg, hydra_config.overrides.task)
         before_start.check(config)
     except schema.ConfigError as error:
         if not multirun:

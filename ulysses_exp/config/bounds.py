@@ -87,6 +87,8 @@ BOUNDS = {
     "parity.tolerance": Bounds(0, 1),
     "launch.timeout_s": Bounds(1, 30 * 24 * 3600),
     "launch.gpus_per_node": Bounds(1, 1024),
+    "launch.cpus_per_task": Bounds(1, 4096),
+    "launch.mem_gb": Bounds(1, 2**20),
     "launch.time_min": Bounds(1, 366 * 24 * 60),
     "seed": Bounds(0, 2**63 - 1),
 }

@@ -43,7 +43,7 @@ _SIZES = {
 }
 
 #: Layers that Ulysses shards; layers without attention are others
-_SHARDED_LAYERS = {"full_attention", "sliding_attention"}
+_SHARDED_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 
 
 def check_given(config: Config, known: Mapping[str, Any]) -> None:
@@ -164,17 +164,14 @@ def check_causal(config: Config, known: Mapping[str, Any], fills_gaps: bool) -> 
         raise ConfigError(key_of(config, name), "a token would see those after it", "leave it out")
 
 
-def why_not_sharded(name: str, layer_types: Any, kv_heads: Any) -> str | None:
+def why_not_sharded(name: str, layer_types: Any) -> str | None:
     """Why the sequences of a model cannot be shared out over ranks; None where they can.
 
     Args:
         name: of the model, for the reason.
         layer_types: as configured, None where all are alike.
-        kv_heads: `num_key_value_heads`, None where there is none.
     """
     strange = set(layer_types or ()) - _SHARDED_LAYERS
     if strange:
         return f"{name} has layers of type {', '.join(sorted(strange))}, which Ulysses does not shard"
-    if kv_heads is None:
-        return f"{name} is configured without num_key_value_heads, which DeepSpeed reads"
     return None

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
+from collections.abc import Collection
 from dataclasses import asdict, replace
 
 from omegaconf import DictConfig
 
-from ulysses_exp.config import bounds, deepspeed_rules, model_rules, redaction, stages
+from ulysses_exp.config import bounds, deepspeed_rules, fitting, model_rules, redaction, stages
 from ulysses_exp.config.architecture import check_objective, text_architecture
 from ulysses_exp.config.errors import ConfigError, nearest
 from ulysses_exp.config.keys import typed
-from ulysses_exp.config.layout_rules import check_layout, default_targets
+from ulysses_exp.config.layout_rules import check_layout
 from ulysses_exp.config.machine import accelerators, device_of
 from ulysses_exp.config.paths import matching
 from ulysses_exp.config.received import foreign
@@ -32,8 +33,11 @@ def _choice(key: str, value: str, choices: tuple[str, ...]) -> None:
         raise ConfigError(key, f"{value[:60]!r} is not a choice", nearest(value, list(choices)))
 
 
-def resolve(cfg: DictConfig) -> Config:
+def resolve(cfg: DictConfig, given: Collection[str] = ()) -> Config:
     """The typed and checked configuration of one job, its defaults filled in.
+
+    Args:
+        given: the overrides of the command line; what they set is no default.
 
     Raises:
         ConfigError: it cannot run; nothing has been started or written.
@@ -41,8 +45,7 @@ def resolve(cfg: DictConfig) -> Config:
     config = typed(cfg)
     redaction.check_configuration(asdict(config))
     check(config)
-    if config.reload.layouts is None:
-        config.reload.layouts = [layout.name for layout in default_targets(config)]
+    fitting.settle(config, given)
     return config
 
 
@@ -68,6 +71,7 @@ def check(config: Config) -> None:
     _choice("train.on_nonfinite", c.train.on_nonfinite, ("stop", "skip", "keep"))
     _choice("tracker.mode", c.tracker.mode, ("offline", "online", "disabled"))
     _choice("launch.start", c.launch.start, ("fork", "spawn"))
+    _choice("launch.backend", c.launch.backend, ("auto", "gloo"))
     _choice("launch.cluster", c.launch.cluster, ("slurm", "local"))
     _choice("sweep.rerun", c.sweep.rerun, ("changed", "failed", "all"))
     _choice("data.padding", c.data.padding, ("none", "left", "right"))
@@ -84,11 +88,15 @@ def check(config: Config) -> None:
         raise ConfigError(
             "memory.offload_activations", "nothing is checkpointed", "set memory.checkpointing=non_reentrant"
         )
+    here = c.launch.name == "local"  # else the ranks run on machines that this one knows nothing of
+    if here and device_of(c) == "cpu" and c.memory.snapshot:
+        raise ConfigError(
+            "memory.snapshot", "notes what CUDA's allocator does, and the ranks run on CPU", "set memory.snapshot=false"
+        )
     if c.sp.attention == "eager":
         raise ConfigError(
             "sp.attention", "eager needs an O(n^2) mask, which Ulysses cannot shard", "set sp.attention=sdpa"
         )
-    here = c.launch.name == "local"  # else the ranks run on machines that this one knows nothing of
     if here and device_of(c) == "cpu" and "flash" in c.sp.attention:
         raise ConfigError("sp.attention", f"{c.sp.attention} needs a GPU", "set sp.attention=sdpa")
     if here and device_of(c) == "cpu" and c.sp.attention == "flex_attention" and any(s.trains for s in of_stages):
@@ -128,3 +136,4 @@ def check(config: Config) -> None:
             "set a run folder, e.g. outputs/...",
         )
     stages.check(c)
+    fitting.check(c)

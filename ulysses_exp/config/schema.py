@@ -84,6 +84,7 @@ class MemoryConfig:
     tiled_loss: int = 0  # the same
     loss_in_place: bool = True  # the loss's gradient takes the place of the logits, which are then in memory once
     expandable_segments: bool = True  # CUDA: the allocator grows its segments, so less is lost to fragments
+    snapshot: bool = False  # CUDA: note allocations; a rank whose memory runs out leaves them in the run folder
 
 
 @dataclass
@@ -163,11 +164,14 @@ class TrackerConfig:
 class LaunchConfig:
     name: str = MISSING
     start: str = "fork"  # ranks as forks of a process that has imported what they need; spawn: each imports it itself
+    backend: str = "auto"  # between GPUs NCCL; gloo: by way of host memory, and ranks may share a GPU
     timeout_s: int = 600  # ranks that neither compute nor give a sign of life for longer end the job
     cluster: str = "slurm"  # submitit's: slurm, or local to try a submission on this machine
     partition: str | None = None
     account: str | None = None
     gpus_per_node: int = 8
+    cpus_per_task: int | None = None  # cores of each rank; null: 8 beside a GPU, what Slurm gives on CPU
+    mem_gb: int | None = None  # of each node; null: what the partition gives
     time_min: int = 60
 
 
@@ -212,10 +216,12 @@ class Config:
         return Layout(self.sp.size, self.dp.size, self.zero.stage)
 
     def reference(self) -> Config:
-        """The same experiment in the single process that layouts are compared with: transformers' own forward and
-        loss, no tiles, no compiler. Recomputation stays: it changes no number and may be needed for want of memory."""
+        """The same experiment in the single process that layouts are compared with: transformers' own attention,
+        forward and loss, no tiles, no compiler. Recomputation stays: it changes no number and memory may want it."""
+        alone = self.at(Layout.parse(self.parity.reference))
         return replace(
-            self.at(Layout.parse(self.parity.reference)),
+            alone,
+            sp=replace(alone.sp, attention="transformers"),
             memory=replace(self.memory, tiled_mlp=0, tiled_loss=0, loss_in_place=False),
             train=replace(self.train, compile=False),
         )

@@ -11,7 +11,7 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
-from ulysses_exp.config import device_of
+from ulysses_exp.config import device_of, machine
 from ulysses_exp.doctor.finding import Asked, Finding, ok, warning, wrong
 from ulysses_exp.report.units import of_bytes
 
@@ -29,18 +29,8 @@ def check(asked: Asked) -> Iterator[Finding]:
     yield _compiler(asked)
 
 
-def cores() -> float:
-    """Cores that this process may use: those it is bound to, or the share that its control groups (v2) give it."""
-    shares = [float(len(os.sched_getaffinity(0)))]
-    for folder in _control_groups():
-        quota, _, period = _read(folder / "cpu.max").partition(" ")
-        if quota.isdigit() and period.strip().isdigit():
-            shares.append(int(quota) / int(period))
-    return min(shares)
-
-
 def _cores(asked: Asked) -> Finding:
-    number = cores()
+    number = machine.cores()
     said = f"{number:g} to use, of {os.cpu_count()}"
     if device_of(asked.config) == "cpu" and asked.config.launch.name == "local" and asked.ranks > number:
         return ok("cores", f"{said}: {asked.ranks} ranks take turns, which is slower but right", cores=number)
@@ -50,23 +40,26 @@ def _cores(asked: Asked) -> Finding:
 def _threads(asked: Asked) -> Finding:
     given, ranks = asked.environment.get("OMP_NUM_THREADS"), asked.ranks
     if given is None:
-        return ok("OMP_NUM_THREADS", "not set: ranks get one thread each")
+        return ok("OMP_NUM_THREADS", "not set: ranks get one thread each, on GPUs their share of the cores")
     if not given.isdigit() or int(given) < 1:
         return wrong("OMP_NUM_THREADS", f"{given!r} is no number of threads", "unset OMP_NUM_THREADS, or set it to 1")
-    if int(given) > 1 and int(given) * ranks > cores():
-        return warning("OMP_NUM_THREADS", f"{given} threads in each of {ranks} ranks, {cores():g} cores",
-                       f"OMP_NUM_THREADS={max(1, int(cores()) // ranks)}")  # fmt: skip
+    if int(given) > 1 and int(given) * ranks > machine.cores():
+        return warning("OMP_NUM_THREADS", f"{given} threads in each of {ranks} ranks, {machine.cores():g} cores",
+                       f"OMP_NUM_THREADS={max(1, int(machine.cores()) // ranks)}")  # fmt: skip
     return ok("OMP_NUM_THREADS", given)
 
 
 def _memory(ranks: int) -> Finding:
-    free = int(re.findall(r"^MemAvailable:\s+(\d+)", _read(Path("/proc/meminfo")), re.MULTILINE)[0]) * 1024
+    free = int(re.findall(r"^MemAvailable:\s+(\d+)", machine.contents(Path("/proc/meminfo")), re.MULTILINE)[0]) * 1024
     said = f"{of_bytes(free)} free"
-    for folder in _control_groups():
-        limit, used = _read(folder / "memory.max").strip(), _read(folder / "memory.current").strip()
+    for folder in machine.control_groups():
+        limit, used = (
+            machine.contents(folder / "memory.max").strip(),
+            machine.contents(folder / "memory.current").strip(),
+        )
         if limit.isdigit() and used.isdigit() and int(limit) - int(used) < free:
             # what is only cached goes when it is needed
-            cached = re.findall(r"^inactive_file (\d+)", _read(folder / "memory.stat"), re.MULTILINE)
+            cached = re.findall(r"^inactive_file (\d+)", machine.contents(folder / "memory.stat"), re.MULTILINE)
             free = min(free, int(limit) - int(used) + int(cached[0] if cached else 0))
             said = f"{of_bytes(free)} free of the {of_bytes(int(limit))} that the control group allows"
     needed = _SERVER_BYTES + ranks * _RANK_BYTES
@@ -102,18 +95,3 @@ def _compiler(asked: Asked) -> Finding:
             name, f"{compiler}: {said} (only train.compile needs it)", mend
         )  # fmt: skip
     return ok(name, f"{compiler}, with OpenMP and Python's headers")
-
-
-def _control_groups() -> list[Path]:
-    """The folders of this process's control group (v2) and of those above it."""
-    root = Path("/sys/fs/cgroup")
-    own = re.findall(r"^0::/(.*)$", _read(Path("/proc/self/cgroup")), re.MULTILINE)
-    folder = root / own[0] if own else root
-    return [f for f in (folder, *folder.parents) if f == root or root in f.parents]
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text()
-    except OSError:  # not on this kernel, or not in this container
-        return ""

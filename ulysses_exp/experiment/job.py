@@ -14,7 +14,7 @@ from typing import Any
 
 from rich.console import Console
 
-from ulysses_exp.config import Config, device_of, lineage, redaction, stages, text_architecture
+from ulysses_exp.config import Config, device_of, fitting, lineage, redaction, stages, text_architecture
 from ulysses_exp.config.received import sources
 from ulysses_exp.config.received.reading import Refused
 from ulysses_exp.config.stages import Stage
@@ -70,6 +70,9 @@ def run(
     with _run_log(folder), Progress(console, headline) as progress:
         if earlier is not None:
             progress.note(f"continues at step {earlier.step} of {config.train.steps}")
+        for line in fitting.remarks(config, overrides):
+            log.info(line)
+            progress.note(line)
         tracker = Tracker(
             config,
             folder,

@@ -26,7 +26,7 @@ from ulysses_exp.layout import Layout
 _HUB_S, _HERE_S = 20, 300  # for an answer; a model on a slow network is then left to the ranks
 
 #: Names of transformers' attention functions that read whole sequences and need no mask of n x n
-ATTENTION = ("sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4")
+ATTENTION = ("auto", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4")
 
 
 def check(config: Config) -> None:
@@ -138,15 +138,15 @@ def _check_sharding(config: Config, text: dict[str, Any], kind: str) -> None:
     for key, layout in layouts.items():
         if layout.sp == 1:
             continue
-        why = model_rules.why_not_sharded(kind, text.get("layer_types"), text.get("num_key_value_heads"))
-        why = why or _why_not_in_slices(config, kind)
+        why = model_rules.why_not_sharded(kind, text.get("layer_types"))
+        why = why or _why_not_in_slices(config, kind, text)
         if why is not None:
             raise ConfigError(key, why, "set sp.size=1" if key == "sp.size" else "name layouts with sp1 only")
 
 
-def _why_not_in_slices(config: Config, kind: str) -> str | None:
+def _why_not_in_slices(config: Config, kind: str, text: dict[str, Any]) -> str | None:
     """What a tiny copy of the model shows, where nobody knows whether slices of sequences give the right numbers."""
-    if tried.right(kind):
+    if tried.right(kind, text):
         return None
     found = ask("slices", path=config.model.name_or_path, given=config.model.architecture)
     return None if found is None else found.get("why")
@@ -155,8 +155,10 @@ def _why_not_in_slices(config: Config, kind: str) -> str | None:
 def _check_attention(config: Config) -> None:
     """A name with a slash is a kernel of the hub."""
     name = config.sp.attention
+    if name == "transformers":
+        return
     if name not in ATTENTION and "/" not in name:
-        raise ConfigError("sp.attention", f"{name!r} is not a choice", nearest(name, list(ATTENTION)))
+        raise ConfigError("sp.attention", f"{name!r} is not a choice", nearest(name, [*ATTENTION, "transformers"]))
 
 
 def _check_folder(config: Config, name: str) -> None:

@@ -6,6 +6,9 @@ import contextlib
 import os
 from pathlib import Path
 
+#: Set where OMP_NUM_THREADS is this project's and not the user's
+THREADS_FOR_US_TO_SAY = "ULYSSES_EXP_THREADS"
+
 
 def prepare(device: str) -> None:
     """Sets, in this process, what its ranks are to inherit; the user's own settings stay.
@@ -15,7 +18,8 @@ def prepare(device: str) -> None:
     """
     # DeepSpeed's shared-memory all-reduce leaves 69 MB a rank in /dev/shm where LOCAL_SIZE is set (docs/findings.md)
     os.environ.pop("LOCAL_SIZE", None)
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # ranks share the cores
+    if "OMP_NUM_THREADS" not in os.environ:  # ranks share the cores; on accelerators they take their share
+        os.environ |= {"OMP_NUM_THREADS": "1", THREADS_FOR_US_TO_SAY: "1"}
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     # torch's other way to look for GPUs leaves a process whose forks cannot use them
@@ -23,6 +27,25 @@ def prepare(device: str) -> None:
     if device != "auto":  # DeepSpeed would look itself, in every process that imports it
         os.environ.setdefault("DS_ACCELERATOR", device)
     make_importable()
+
+
+#: Files of NCCL's flight recorder in a task's folder, by rank: the last collectives of a rank when one took too long
+COLLECTIVES = "collectives-rank"
+
+
+def record_collectives(folder: Path) -> None:
+    """In a rank, before NCCL is up: when a collective times out, its flight recorder writes into `folder`.
+
+    All of this is torch 2.13's default but for the place, which is ~/.cache/torch (ProcessGroupNCCL.hpp,
+    FlightRecorder.hpp; `torchfrtrace` reads the files). The user's own settings stay.
+    """
+    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+    for new, old, value in (
+        ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE", "2000"),
+        ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE", str(folder / COLLECTIVES)),
+    ):
+        if old not in os.environ:  # torch takes the new name first
+            os.environ.setdefault(new, value)
 
 
 def make_importable() -> None:

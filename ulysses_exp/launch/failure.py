@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import signal
 import sys
 import traceback
@@ -18,6 +19,9 @@ from ulysses_exp.launch.output_trouble import full_places
 #: What collectives and stores of torch say when they have waited for `launch.timeout_s`.
 _TIMEOUT = ("timed out", "timeout")
 
+#: What ProcessGroupNCCL of torch 2.13 says before it ends the process
+_WATCHDOG = re.compile(r"Watchdog caught collective operation timeout: WorkNCCL\(.*?OpType=(?P<what>\w+).*")
+
 _LAST_WORDS = "ulysses-exp: "  # what follows, in a rank's stderr, is its error
 
 #: Of Python, the system, CUDA, cuBLAS, cuDNN and NCCL
@@ -29,6 +33,11 @@ _OUT_OF_MEMORY = (
 
 def _says_out_of_memory(text: str) -> bool:
     return any(mark in text.lower() for mark in _OUT_OF_MEMORY)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error of a rank says that memory ran out, of the machine or of a device."""
+    return isinstance(error, MemoryError) or _says_out_of_memory(str(error))
 
 
 def is_timeout(text: str) -> bool:
@@ -70,20 +79,24 @@ class RankFailure(Exception):
         return _says_out_of_memory(self.message)
 
 
-def record(folder: Path, rank: int, error: BaseException) -> None:
+def record(folder: Path, rank: int, error: BaseException, snapshot: str | None = None) -> None:
     """Leaves `error` of `rank` where the parent finds it, unless the rank has left one already.
 
     The time tells the first failure from those it caused.
+
+    Args:
+        snapshot: of a rank out of memory, the file that says what its allocator did.
     """
     if (folder / f"error-rank{rank}.json").exists():
         return
     text = str(error)
-    oom = isinstance(error, MemoryError) or _says_out_of_memory(text)
+    oom = is_out_of_memory(error)
+    noted = f", its allocations are in {snapshot}" if snapshot else ""
     everywhere = isinstance(error, ConfigError)
     message = text if everywhere else f"{type(error).__name__}: {text}" if text else type(error).__name__
     entry = {
         "time": now(),
-        "message": f"out of memory ({message})" if oom else message,
+        "message": f"out of memory{noted} ({message})" if oom else message,
         "everywhere": everywhere,  # no matter of this rank alone
         "trace": "".join(traceback.format_exception(error)),
     }
@@ -96,16 +109,27 @@ def record(folder: Path, rank: int, error: BaseException) -> None:
             print(redacted(f"{_LAST_WORDS}{' '.join(message.split())}"), file=sys.stderr, flush=True)
 
 
+def waited_for_nccl(said: str) -> str | None:
+    """Where a rank was that NCCL's watchdog has ended, from what that said; such a rank leaves no error record."""
+    match = _WATCHDOG.search(said)
+    return f"waited in NCCL's {match['what'].lower()} for launch.timeout_s" if match else None
+
+
 def first_failure(folder: Path, exitcodes: dict[int, int | None]) -> RankFailure:
     """The failure that the others followed from: a killed rank, else the earliest error that `folder` holds."""
+    gave_up = None
     for rank, code in exitcodes.items():
         if code is not None and code < 0:
             name = signal.Signals(-code).name
             hint = (
                 " (SIGKILL: the kernel's answer to out of memory, unless somebody sent it)" if name == "SIGKILL" else ""
             )
-            said = folder / f"rank{rank}.err"
-            if name == "SIGABRT" and said.exists() and "std::bad_alloc" in said.read_text(errors="replace"):
+            path = folder / f"rank{rank}.err"
+            said = path.read_text(errors="replace") if name == "SIGABRT" and path.exists() else ""
+            if waited := waited_for_nccl(said):
+                gave_up = gave_up or RankFailure(rank, waited, said, Cause.OTHERS)
+                continue
+            if "std::bad_alloc" in said:
                 hint = " (out of memory: std::bad_alloc in a thread of its own)"
             return RankFailure(rank, f"killed by {name}{hint}", cause=Cause.KILLED)
     errors, unsaid = [], []
@@ -127,9 +151,11 @@ def first_failure(folder: Path, exitcodes: dict[int, int | None]) -> RankFailure
         first = next((line for line in lines if line.strip()), "no message")
         whose = None if entry.get("everywhere") else rank
         return RankFailure(whose, first, entry["trace"], cause, entry["time"])
+    if gave_up is not None:
+        return gave_up
     for rank in exitcodes:
-        said = folder / f"rank{rank}.err"
-        lines = said.read_text(errors="replace").splitlines() if said.exists() else []
+        path = folder / f"rank{rank}.err"
+        lines = path.read_text(errors="replace").splitlines() if path.exists() else []
         if words := [line for line in lines if line.startswith(_LAST_WORDS)]:
             return RankFailure(rank, words[0].removeprefix(_LAST_WORDS))
     rank, code = next(((r, c) for r, c in exitcodes.items() if c), (0, None))

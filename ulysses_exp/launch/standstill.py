@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ulysses_exp.launch import heartbeat
-from ulysses_exp.launch.failure import Cause, RankFailure
+from ulysses_exp.launch.failure import Cause, RankFailure, waited_for_nccl
 from ulysses_exp.launch.heartbeat import Beat
 from ulysses_exp.launch.server import Fork
 
@@ -155,7 +155,9 @@ def _in_words(stack: str) -> tuple[str | None, str | None]:
 
 
 def waited_in(trace: str) -> str:
-    """Where a rank was that has given up waiting, from its traceback."""
+    """Where a rank was that has given up waiting, from its traceback or from what NCCL said."""
+    if waited := waited_for_nccl(trace):
+        return waited
     collective, line = _of_thread("\n".join(reversed(trace.splitlines())))
     return f"waited in {collective or 'a collective'}{f' at {line}' if line else ''}"
 

@@ -7,14 +7,22 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+from ulysses_exp.config import device_of
 from ulysses_exp.launch import heartbeat, stopping
-from ulysses_exp.launch.failure import RankFailure, first_failure, is_timeout
+from ulysses_exp.launch.environment import COLLECTIVES
+from ulysses_exp.launch.failure import Cause, RankFailure, first_failure, is_timeout
 from ulysses_exp.launch.server import Fork, ServerEnded, wait
 from ulysses_exp.launch.standstill import Watch, waited_in
 from ulysses_exp.launch.task import Task
 
 _LOOK_SECONDS = 0.5  # between two looks at the heartbeats
+_RECORDER_SECONDS = 20  # its monitor looks every second, and takes up to 15 s to write
 _GRACE_SECONDS = 0.3  # for ranks to end by themselves after the first has
+
+#: What ranks leave to say
+_OF_ONE_ATTEMPT = (
+    "error-rank*.json", "heartbeat-rank*", "stopped.json", "meeting", f"{COLLECTIVES}*", "memory-rank*.pickle",
+)  # fmt: skip
 
 #: Phases with something to save that no checkpoint has yet.
 _WORTH_SAVING = ("training", "saving")
@@ -23,7 +31,7 @@ _WORTH_SAVING = ("training", "saving")
 def prepare(task: Task) -> None:
     """The folder of the task, without what ranks of an earlier attempt have left there to say."""
     task.results.mkdir(parents=True, exist_ok=True)
-    for pattern in ("error-rank*.json", "heartbeat-rank*", "stopped.json", "meeting"):
+    for pattern in _OF_ONE_ATTEMPT:
         for path in task.results.glob(pattern):
             path.unlink(missing_ok=True)
 
@@ -38,6 +46,8 @@ def supervise(task: Task, forks: Mapping[int, Fork]) -> None:
     try:
         with stopping.requests.deferred():
             _until_the_end(task, forks)
+    except RankFailure as failure:
+        raise _with_collectives(task, failure) from None
     finally:
         end(forks)
         for fork in forks.values():
@@ -70,6 +80,7 @@ def _until_the_end(task: Task, forks: Mapping[int, Fork]) -> None:
             if now - looked >= _LOOK_SECONDS:
                 looked = now
                 if standing := watch.standing(forks):
+                    _let_nccl_write(task, forks)
                     raise watch.failure(_alive(forks), standing)
             if stopping.requests.signal is not None:
                 if give_up is None:
@@ -83,6 +94,26 @@ def _until_the_end(task: Task, forks: Mapping[int, Fork]) -> None:
             raise _failure(task, forks, watch)
     except ServerEnded as ended:
         raise RankFailure(None, str(ended)) from None
+
+
+def _let_nccl_write(task: Task, forks: Mapping[int, Fork]) -> None:
+    """On GPUs, waits for NCCL to see the same as this process and to write down each rank's last collectives."""
+    end = time.monotonic() + _RECORDER_SECONDS
+    while (
+        device_of(task.config) == "cuda"
+        and len(list(task.results.glob(f"{COLLECTIVES}*"))) < len(forks)
+        and time.monotonic() < end
+    ):
+        time.sleep(0.2)
+
+
+def _with_collectives(task: Task, failure: RankFailure) -> RankFailure:
+    """`failure`, and where ranks have waited for others also the files that say in which collectives."""
+    if failure.cause == Cause.ERROR or not any(task.results.glob(f"{COLLECTIVES}*")):
+        return failure
+    where = task.results.relative_to(task.folder)
+    message = f"{failure.message}; the ranks' last collectives: torchfrtrace -p {COLLECTIVES} {where}"
+    return RankFailure(failure.rank, message, failure.trace, failure.cause, failure.time)
 
 
 def _saves(folder: Path, forks: Mapping[int, Fork]) -> bool:

@@ -16,7 +16,7 @@ from ulysses_exp.config import Config, ConfigError, check_objective
 
 
 def pretrained_config(config: Config) -> PretrainedConfig:
-    """The transformers configuration of the model, its attention implementation set to `sp.attention`."""
+    """The transformers configuration of the model."""
     model = config.model
     if model.name_or_path is None:
         arguments = dict(model.architecture)
@@ -65,7 +65,9 @@ def _built(config: Config, with_weights: bool) -> PreTrainedModel:
     """In fp32, pretrained where so configured unless `with_weights` is False."""
     architecture = pretrained_config(config)
     check_objective(config, architecture.get_text_config().to_dict())  # with the defaults of its type
-    arguments = {"attn_implementation": config.sp.attention, "dtype": torch.float32}
+    # `ulysses` replaces what transformers takes by itself: sdpa, or eager where the model has no sdpa
+    known = config.sp.attention in ("auto", "sdpa", "transformers")
+    arguments = {"attn_implementation": None if known else config.sp.attention, "dtype": torch.float32}
     try:
         if config.model.name_or_path is not None and config.model.pretrained and with_weights:
             opened: Any = AutoModelForCausalLM.from_pretrained(

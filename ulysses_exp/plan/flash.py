@@ -5,9 +5,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
+
+from ulysses_exp.model.attention.kernels import flex
+from ulysses_exp.model.attention.kernels.scores import Scores
 
 
 def _rounded(number: int, multiple: int) -> int:
@@ -65,12 +69,20 @@ def attention(
     return _Flash.apply(query, key, value)
 
 
+def _flexible(query: Tensor, key: Tensor, value: Tensor, mask: None, scores: Scores) -> Tensor:
+    """In place of `kernels.flex.attention`, whose compiled kernel keeps and makes as much."""
+    out: Tensor = _Flash.apply(query, key, value)
+    if scores.sinks is not None:  # kept for the sinks' gradient: out as it was, and the shares
+        out = out * (out.new_empty(out.shape[:-1]) + scores.sinks[None, :, None])[..., None]
+    return out.transpose(1, 2)
+
+
 @contextlib.contextmanager
 def instead_of_torchs() -> Iterator[None]:
-    """Within, scaled_dot_product_attention allocates what a GPU's fused kernel does."""
-    original = torch.nn.functional.scaled_dot_product_attention
-    torch.nn.functional.scaled_dot_product_attention = attention
-    try:
+    """Within, scaled_dot_product_attention and flex_attention allocate what a GPU's fused kernels do."""
+    with (
+        patch.object(torch.nn.functional, "scaled_dot_product_attention", attention),
+        patch.object(flex, "attention", _flexible),
+        patch.object(flex, "block_mask", lambda *_: None),
+    ):
         yield
-    finally:
-        torch.nn.functional.scaled_dot_product_attention = original

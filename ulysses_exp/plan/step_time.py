@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ulysses_exp.config import Config
-from ulysses_exp.plan.hardware import Hardware
+from ulysses_exp.config.hardware import Hardware
 from ulysses_exp.plan.trace import Trace
 
 #: Operators of torch.distributed's dispatcher, by what they are.

@@ -15,8 +15,7 @@ from ulysses_exp.rank.session import Session
 def _forward(session: Session, batch: MicroBatch, bypass: bool, **labels: Any) -> Any:
     session.attention.disable_in_eval = bypass
     mask = batch.global_mask
-    if not bypass:
-        session.attention.begin(batch.global_position_ids, mask)
+    session.attention.begin(batch.global_position_ids, mask)
     whole = bypass or session.layout.sp == 1
     move = session.to_device
     return session.engine(

@@ -112,7 +112,8 @@ def open_session(task: Task, rank: int) -> Iterator[Session]:
     device = torch.device("cuda", torch.cuda.current_device()) if device_of(config) == "cuda" else torch.device("cpu")
     with contextlib.ExitStack() as stack:
         all_to_alls = stack.enter_context(AllToAllCounter())
-        model = models.build(config, task.options.get("model_seed"), rank)
+        with _on_all_cores() if rank == 0 else contextlib.nullcontext():
+            model = models.build(config, task.options.get("model_seed"), rank)
         _wait_for_rank_0(rank)
         _refuse_outside_attention(config, model)
         description = models.describe(config, model.config, sum(p.numel() for p in model.parameters()))
@@ -150,9 +151,25 @@ def _refuse_outside_attention(config: Config, model: PreTrainedModel) -> None:
 
     Of models that the parent could read it has asked already; not of those with code of their own.
     """
-    known = tried.right(model.config.model_type) and not config.model.trust_remote_code
+    settings = model.config.get_text_config().to_dict()
+    known = tried.right(model.config.model_type, settings) and not config.model.trust_remote_code
     if config.sp.size > 1 and not known and (why := mixes_outside_attention(model)) is not None:
         raise ConfigError("sp.size", why, "set sp.size=1")
+
+
+@contextlib.contextmanager
+def _on_all_cores() -> Iterator[None]:
+    """Weights are read, converted and checked on all cores that this process may use: the other ranks wait.
+
+    Random ones are drawn one after another on any number of threads (torch's generator is locked for a whole tensor),
+    so a seed gives the same weights, in the same time.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _wait_for_rank_0(rank: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -44,6 +44,7 @@ class Step:
     all_to_all_calls: int  # of the busiest rank
     all_to_all_bytes: int
     asked_to_stop: bool  # by a signal that any rank has got
+    allocator: dict[str, list[int]] = field(default_factory=dict)  # memory.allocator of each rank; empty on CPU
     skipped: bool = False  # train.on_nonfinite=skip has left its update out
     trouble: dict[str, Any] | None = None  # nonfinite.explain, of the first step that is not finite
 
@@ -157,10 +158,11 @@ def figures(session: Session, steps: list[_Pending]) -> list[Step]:
     Only here the host waits for the device, so each step's time is an equal share of the time they took together.
     """
     world, device = session.layout.world, session.device
-    rows = torch.zeros(world, len(steps), 6, dtype=torch.float64, device=device)
+    held = memory.allocator(device)
+    rows = torch.zeros(world, len(steps), 6 + len(held), dtype=torch.float64, device=device)
     asked = stopping.requests.signal is not None
     rows[session.rank, :, 2:] = torch.tensor(
-        [[s.peak_memory, s.all_to_all_calls, s.all_to_all_bytes, asked] for s in steps],
+        [[s.peak_memory, s.all_to_all_calls, s.all_to_all_bytes, asked, *held.values()] for s in steps],
         dtype=torch.float64,
         device=device,
     )
@@ -183,6 +185,7 @@ def figures(session: Session, steps: list[_Pending]) -> list[Step]:
             all_to_all_calls=int(table[:, n, 3].max()),
             all_to_all_bytes=int(table[:, n, 4].max()),
             asked_to_stop=bool(table[:, n, 5].any()),
+            allocator={name: [int(x) for x in table[:, n, column]] for column, name in enumerate(held, 6)},
             skipped=s.skipped,
         )
         for n, s in enumerate(steps)

@@ -15,6 +15,7 @@ from rich.progress import Progress as Bars
 from rich.rule import Rule
 from rich.text import Text
 
+from ulysses_exp.config.head_shares import HeadShares
 from ulysses_exp.report import views
 from ulysses_exp.report.facts import STATUS_STYLE
 from ulysses_exp.report.plain import plain, plain_deep
@@ -170,6 +171,8 @@ def summary(results: dict[str, Any], folder: Path, console: Console, how_to_open
             device = stages["plan"].get("hardware", "?")
         facts.add_row("layout", f"{ranks} on {device}: sequences over {layout.get('sp')},"
                                 f" data over {layout.get('dp')}, ZeRO {layout.get('zero')}")  # fmt: skip
+        if shares := _shares(layout.get("sp"), model.get("heads")):
+            facts.add_row("", shares)
     for name, stage in stages.items():
         for label, fact in views.facts(name, stage, arrow):
             facts.add_row(label, fact)
@@ -195,3 +198,10 @@ def summary(results: dict[str, Any], folder: Path, console: Console, how_to_open
 def _path(folder: Path) -> str:
     shown = os.path.relpath(folder)
     return str(folder) if shown.startswith("..") else shown
+
+
+def _shares(sp: Any, heads: Any) -> str | None:
+    """What there is to say of heads that are not shared out evenly."""
+    if not (isinstance(sp, int) and isinstance(heads, int) and sp > 0 and heads > 0):
+        return None
+    return HeadShares(sp, heads).words

@@ -43,6 +43,19 @@ class Documents:
     def padded(self) -> bool:
         return self.rows is not None and any(s.padding for row in self.rows for s in row)
 
+    def chunked(self, size: int) -> Documents:
+        """Each document cut again at multiples of `size` tokens from its start (Llama 4; transformers 5.23)."""
+        whole = ((Segment(0, self.seq_len),),) * self.batch
+        rows = (
+            tuple(
+                Segment(start, min(start + size, s.stop), s.padding)
+                for s in row
+                for start in range(s.start, s.stop, size)
+            )
+            for row in self.rows or whole
+        )
+        return Documents(self.batch, self.seq_len, tuple(rows))
+
     def table(self, device: torch.device) -> torch.Tensor:
         """int32 [batch, seq_len]: the number of the segment that a token belongs to."""
         ids = np.zeros((self.batch, self.seq_len), np.int32)

@@ -15,6 +15,9 @@ from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from ulysses_exp.config.head_shares import HeadShares
+from ulysses_exp.model.attention import uneven
+
 
 def all_to_all_bytes(
     *,
@@ -27,17 +30,36 @@ def all_to_all_bytes(
     itemsize: int,
     value_head_dim: int | None = None,
 ) -> int:
-    """Bytes that one rank sends to *other* ranks in one attention layer and one direction (forward or backward).
+    """Bytes that the busiest rank sends to *other* ranks in one attention layer and one direction, forward or backward.
 
     The least that Ulysses can send (arXiv 2309.14509, section 3.2, with grouped KV heads): a rank holds
     batch x seq_len / sp tokens, and each of the other sp - 1 ranks gets, of every token, its heads / sp query heads and
     its KV heads (kv_heads / sp, or one where there are fewer KV heads than ranks); the attention output of as many
-    query heads goes back. Both exchanges of this project send exactly this.
+    query heads goes back. Both exchanges of this project send exactly this. Where heads do not divide, or there are
+    more ranks than heads, it is as in `config.head_shares`.
     """
     v_dim = head_dim if value_head_dim is None else value_head_dim
-    own_heads, own_kv = heads // sp, max(1, kv_heads // sp)
-    per_token = own_heads * head_dim + own_kv * (head_dim + v_dim) + own_heads * v_dim
-    return (sp - 1) * batch * (seq_len // sp) * per_token * itemsize
+    shares = HeadShares(sp, heads)
+    tokens = seq_len // sp
+    routes = uneven.Routes(shares, kv_heads, tokens)
+
+    def length(slices: list[slice]) -> int:
+        return sum(s.stop - s.start for s in slices)
+
+    def heads_of(run: tuple[int, int]) -> int:
+        return run[1] - run[0]
+
+    most = 0
+    for rank in range(sp):
+        elements = 0
+        for other in range(sp):
+            if other != rank:
+                asked = length(routes.queries(rank, other)) * heads_of(shares.run(other))
+                elements += asked * head_dim
+                elements += tokens * heads_of(shares.kv_run(other, kv_heads)) * (head_dim + v_dim)
+                elements += length(routes.queries(other, rank)) * heads_of(shares.run(rank)) * v_dim
+        most = max(most, elements)
+    return most * batch * itemsize
 
 
 def _all_to_all(send: Tensor, group: ProcessGroup) -> Tensor:
@@ -124,12 +146,22 @@ class _ToTokens(torch.autograd.Function):
 class FusedUlyssesAttention(UlyssesSPAttentionHF):
     """`UlyssesSPAttentionHF` with the fused exchange: same constructor, same call, same bypass in eval, same numbers.
 
-    Shapes are taken from the tensors, so micro batch and sequence length may change between calls, value heads may be
-    of another size than key heads, and `head_dim` of the configuration is not consulted.
+    Shapes are taken from the tensors, so micro batch, sequence length, heads and their sizes may change between calls,
+    and what the constructor is told of them is not asked. Heads need not divide (`uneven`).
     """
 
     #: The core attention needs the whole sequence's `position_ids`; switched off where it has them from elsewhere.
     gather_position_ids = True
+
+    def __init__(
+        self, attn: Any, *_: Any, process_group: ProcessGroup, disable_in_eval: bool = False, **__: Any
+    ) -> None:
+        torch.nn.Module.__init__(self)  # upstream's refuses heads that do not divide
+        self.attn = attn
+        self.process_group = process_group
+        self.disable_in_eval = disable_in_eval
+        self.world_size = torch.distributed.get_world_size(process_group)
+        self.sp_rank = torch.distributed.get_rank(process_group)
 
     def forward(
         self,
@@ -146,25 +178,35 @@ class FusedUlyssesAttention(UlyssesSPAttentionHF):
         Args:
             query, key, value: [batch, heads, tokens, head_dim], this rank's slice of the sequence, all heads.
             attention_mask: handed on to the core attention as it is.
+            kwargs: as well. A sink for each head (`s_aux`) is cut to this rank's heads. With more ranks than heads the
+                core attention gets `rows`, the places of its queries in the whole sequence.
 
         Returns:
             [batch, tokens, heads x head_dim] of this rank's slice, and what else the core attention returns.
-
-        Raises:
-            ValueError: keys are not as long as queries (a KV cache), or heads do not divide.
         """
         if not module.training and self.disable_in_eval:
             return self.attn(module, query, key, value, attention_mask, *args, **kwargs)
-        sp, heads, kv_heads = self.world_size, query.shape[1], key.shape[1]
-        if heads % sp or (kv_heads % sp and sp % kv_heads):
-            raise ValueError(f"{heads} query heads and {kv_heads} KV heads do not divide over sp.size={sp}")
+        group, sp = self.process_group, self.world_size
+        shares = HeadShares(sp, query.shape[1])
         if self.gather_position_ids and kwargs.get("position_ids") is not None:
             mine = kwargs["position_ids"].contiguous()
             every = [torch.empty_like(mine) for _ in range(sp)]
-            torch.distributed.all_gather(every, mine, group=self.process_group)
+            torch.distributed.all_gather(every, mine, group=group)
             kwargs["position_ids"] = torch.cat(every, dim=1)
-        query, key, value = _ToHeads.apply(query, key, value, self.process_group)
-        if hasattr(module, "num_key_value_groups"):  # with fewer KV heads than ranks, a rank's groups are smaller
+        if kwargs.get("s_aux") is not None:
+            kwargs["s_aux"] = kwargs["s_aux"][slice(*shares.run(self.sp_rank))]
+        even = shares.even(key.shape[1])
+        routes = None if even else uneven.Routes(shares, key.shape[1], query.shape[2])
+        if routes is None:
+            query, key, value = _ToHeads.apply(query, key, value, group)
+        else:
+            query, key, value = uneven.to_heads(query, key, value, routes, group)
+            if (rows := shares.rows(self.sp_rank, key.shape[2])) is not None:
+                kwargs["rows"] = rows
+        if hasattr(module, "num_key_value_groups"):
+            # with fewer KV heads than ranks, a rank's groups are smaller
             module.num_key_value_groups = query.shape[1] // key.shape[1]  # type: ignore[assignment]
         context, weights = self.attn(module, query, key, value, attention_mask, *args, **kwargs)
-        return _ToTokens.apply(context, self.process_group), weights
+        if routes is None:
+            return _ToTokens.apply(context, group), weights
+        return uneven.to_tokens(context, routes, group), weights

@@ -23,13 +23,15 @@ class Ulysses:
     """The handle of a registration.
 
     Attributes:
+        attention: the name of what runs, `auto` resolved; None where the model is left as it is.
         mpu: what `deepspeed.initialize(mpu=...)` takes; None at sp 1.
-        disable_in_eval: a model in eval mode runs the original attention on whole sequences, without any collective.
-            May be switched between forwards.
+        disable_in_eval: a model in eval mode runs the core attention on whole sequences, without any collective. May
+            be switched between forwards.
         attention_calls: calls of the patched attention function by this model so far.
     """
 
-    def __init__(self, mpu: Any = None, sp: int = 1, disable_in_eval: bool = True):
+    def __init__(self, mpu: Any = None, sp: int = 1, disable_in_eval: bool = True, attention: str | None = None):
+        self.attention = attention
         self.mpu = mpu
         self.sp = sp
         self.disable_in_eval = disable_in_eval
@@ -45,13 +47,9 @@ class Ulysses:
             attention_mask: [batch, seq_len], zero at padding; None where nothing is padded.
 
         Raises:
-            ValueError: seq_len is no multiple of sp, shapes do not fit, or padding lies inside a document.
+            ValueError: shapes do not fit, or padding lies inside a document.
         """
-        if self.sp == 1:
+        if self.attention is None:
             return
         whole = documents(position_ids, attention_mask)
-        if whole.seq_len % self.sp:
-            raise ValueError(
-                f"{whole.seq_len} tokens do not divide over sp.size={self.sp}; set train.seq_len to a multiple"
-            )
         self._announced = Announced(whole, position_ids, attention_mask is not None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,45 +13,66 @@ import torch.distributed
 from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.distributed import ProcessGroup
 from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
+from ulysses_exp.model.attention import llama4
 from ulysses_exp.model.attention.agreement import agree, check_batch
-from ulysses_exp.model.attention.core import Plan
-from ulysses_exp.model.attention.documents import Documents
+from ulysses_exp.model.attention.core import Core, Plan
+from ulysses_exp.model.attention.documents import Documents, documents
 from ulysses_exp.model.attention.handle import Announced, Ulysses
+from ulysses_exp.model.attention.own_name import transformers_own
+
+
+@dataclass(frozen=True)
+class _Way:
+    """How a forward runs."""
+
+    plan: Plan | None  # None: as transformers does it
+    shared: bool  # over slices
 
 
 class Patched:
     """The attention function of one registered model.
 
+    A forward of the model runs in one of three ways: over slices, with collectives; over whole sequences by the core
+    attention, at sp 1 and under bypass; or as transformers does it, with its own masks, where a cache or a mask of the
+    caller's asks for more than documents can say.
+
     Args:
-        original: the function it replaces, called untouched under bypass and for other models of the process.
-        exchanged: the attention over slices, upstream's or the fused one.
-        micro_batch_size: the only batch size that `exchanged` takes; None: any.
+        implementation: transformers' name of the attention that the model was built with.
+        core: the attention over whole sequences.
     """
 
-    def __init__(
-        self,
-        handle: Ulysses,
-        model: PreTrainedModel,
-        original: Callable[..., Any],
-        exchanged: UlyssesSPAttentionHF,
-        micro_batch_size: int | None,
-    ):
-        self.handle, self.model, self.original, self.exchanged = handle, model, original, exchanged
-        self.micro_batch_size = micro_batch_size
-        self.group = exchanged.process_group
-        self.rank = torch.distributed.get_rank(self.group)
+    def __init__(self, handle: Ulysses, model: PreTrainedModel, implementation: str, core: Core):
+        self.handle, self.model, self.implementation, self.core = handle, model, implementation, core
         self.layers = model.config.get_text_config().num_hidden_layers
         self.modules = {id(m) for m in model.modules()}
+        self.exchanged: Callable[..., Any] | None = None
+        self.micro_batch_size: int | None = None
+        self.group: ProcessGroup | None = None
+        self.rank = 0
         # activation checkpointing calls the attention again in backward, after other forwards: the position_ids that
         # it passes on say which forward it repeats
         self.plans = WeakTensorKeyDictionary()
-        self.latest: Plan | None = None
-        self.forward: Plan | None = None  # of the forward under way; None under bypass
-        self.inside = False  # a forward of the model is under way
+        self.latest: _Way | None = None
+        self.forward: _Way | None = None  # of the forward under way
+        self.generating = False
         self.calls_before = 0
+
+    def share(self, exchanged: UlyssesSPAttentionHF, micro_batch_size: int | None) -> None:
+        """From now on over slices.
+
+        Args:
+            exchanged: the attention over slices, upstream's or the fused one.
+            micro_batch_size: the only batch size that `exchanged` takes; None: any.
+        """
+        self.exchanged, self.micro_batch_size = exchanged, micro_batch_size
+        exchanged.disable_in_eval = False  # decided for the whole model, in the hook
+        self.group = exchanged.process_group
+        self.rank = torch.distributed.get_rank(self.group)
 
     # -- the attention function
 
@@ -65,61 +87,84 @@ class Patched:
         *args: Any,
         **kwargs: Any,
     ) -> tuple[Tensor, Any]:
-        if id(module) not in self.modules:  # another model of this process
-            return self.original(module, query, key, value, attention_mask, *args, **kwargs)
-        self.handle.attention_calls += 1
-        plan = self._plan(module, kwargs.get("position_ids"))
-        if plan is None:
-            return self.original(module, query, key, value, attention_mask, *args, **kwargs)
-        self._check_call(module, query, key, kwargs)
+        way = self._way(module, kwargs.get("position_ids"))
+        if way is None or attention_mask is not None or not self._causal(module, kwargs):
+            if (way is not None and way.shared) or (kwargs.get("position_bias") is not None and not _plain(way)):
+                self._refuse(module)
+            original = transformers_own(self.implementation, module)
+            return original(module, query, key, value, attention_mask, *args, **kwargs)
+        self._check_call(query, key)
         if kwargs.get("sliding_window") is None:
             kwargs["sliding_window"] = _window_of(module)
+        if kwargs.get("sinks") is not None:  # Inkling's name of them
+            kwargs["s_aux"] = kwargs.pop("sinks")
+        assert way.plan is not None
+        plan = way.plan.chunked(llama4.chunk(module))
+        if not way.shared:
+            return self.core(module, query, key, value, None, *args, plan=plan, **kwargs)
+        assert self.exchanged is not None
+        query = llama4.rescaled(module, query, self.rank * query.shape[2])
         groups = getattr(module, "num_key_value_groups", None)
-        self.exchanged.disable_in_eval = False  # decided for the whole model, in the hook
         try:
-            return self.exchanged(module, query, key, value, None, *args, plan=plan, **kwargs)
+            out, weights = self.exchanged(module, query, key, value, None, *args, plan=plan, **kwargs)
+            return out.unflatten(2, (query.shape[1], -1)), weights  # GPT-2 for one counts dimensions
         finally:
             if groups is not None:
                 module.num_key_value_groups = groups
 
-    def _plan(self, module: torch.nn.Module, position_ids: Tensor | None) -> Plan | None:
-        """Of the forward that this call belongs to; None: bypass."""
-        if self.inside:
-            return self.forward
-        if not module.training and self.handle.disable_in_eval:
+    def _way(self, module: torch.nn.Module, position_ids: Tensor | None) -> _Way | None:
+        """Of the forward that this call belongs to; None: as transformers does it."""
+        if id(module) not in self.modules:  # a model made from this one's configuration
             return None
-        plan = self.plans.get(position_ids) if position_ids is not None else None
-        plan = self.latest if plan is None else plan
-        if plan is None:
-            raise RuntimeError(
-                "attention was called outside a forward of the registered model; call the model, not its parts"
-            )
-        return plan
+        self.handle.attention_calls += 1
+        way = self.forward
+        if way is None:  # a backward recomputes a forward
+            way = self.plans.get(position_ids) if position_ids is not None else None
+            way = self.latest if way is None else way
+            if way is None and (self.exchanged is None or (self.handle.disable_in_eval and not module.training)):
+                return None  # a part of the model, called by itself
+            if way is None:
+                raise RuntimeError(
+                    "attention was called outside a forward of the registered model; call the model, not its parts"
+                )
+        elif position_ids is not None and position_ids not in self.plans:
+            self.plans[position_ids] = way
+        return way if way.plan is not None else None
 
-    def _check_call(self, module: torch.nn.Module, query: Tensor, key: Tensor, kwargs: dict[str, Any]) -> None:
+    def _causal(self, module: torch.nn.Module, kwargs: dict[str, Any]) -> bool:
+        causal = kwargs.get("is_causal")
+        return bool(getattr(module, "is_causal", True) if causal is None else causal) and (
+            kwargs.get("position_bias") is None
+        )
+
+    def _refuse(self, module: torch.nn.Module) -> None:
+        raise ValueError(
+            f"{type(module).__name__} is not causal, or adds to its scores or mask what Ulysses does not shard; "
+            "set sp.size=1"
+        )
+
+    def _check_call(self, query: Tensor, key: Tensor) -> None:
         if query.shape[2] != key.shape[2]:
             raise ValueError(
                 "a KV cache under sequence parallelism; generate in eval mode with eval.mode=bypass (disable_in_eval)"
             )
-        causal = kwargs.get("is_causal")
-        if not (getattr(module, "is_causal", True) if causal is None else causal):
-            raise ValueError(f"{type(module).__name__} is not causal; set sp.size=1")
 
     # -- the mask function
 
-    def mask(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        """transformers' masks are of the slice, n^2, and never used here."""
-
-        def make(*args: Any, **kwargs: Any) -> Any:
-            if not self.inside or self.forward is None:
-                return original(*args, **kwargs)
-            if kwargs.get("use_vmap") or kwargs.get("allow_is_bidirectional_skip"):
+    def mask(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' masks have n^2 entries, over slices of the wrong n; none where documents say as much."""
+        way = self.forward
+        if way is None:  # a part of the model is called by itself, so no forward is left to be repeated
+            self.latest = None
+        more = kwargs.get("use_vmap") or kwargs.get("allow_is_bidirectional_skip")
+        if way is not None and way.plan is not None:
+            if not more:
+                return None
+            if way.shared:
                 raise ValueError(
                     f"{type(self.model).__name__} adds to the causal mask, which Ulysses does not shard; set sp.size=1"
                 )
-            return None
-
-        return make
+        return ALL_MASK_ATTENTION_FUNCTIONS[self.implementation](*args, **kwargs)
 
     # -- around a forward
 
@@ -130,12 +175,16 @@ class Patched:
         generate: Callable[..., Any] = self.model.generate  # type: ignore[assignment]
 
         def guarded(*args: Any, **kwargs: Any) -> Any:
-            if self.model.training or not self.handle.disable_in_eval:
+            if self.exchanged is not None and (self.model.training or not self.handle.disable_in_eval):
                 raise RuntimeError(
                     "generate() under sequence parallelism: every rank holds the whole prompt, not a slice; "
                     "call model.eval() and set eval.mode=bypass (disable_in_eval)"
                 )
-            return generate(*args, **kwargs)
+            self.generating = True
+            try:
+                return generate(*args, **kwargs)
+            finally:
+                self.generating = False
 
         self.model.generate = guarded  # type: ignore[assignment]
         try:
@@ -147,17 +196,8 @@ class Patched:
 
     def _before(self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         announced, self.handle._announced = self.handle._announced, None
-        self.inside, self.calls_before, self.forward = True, self.handle.attention_calls, None
-        if not model.training and self.handle.disable_in_eval:
-            return args, kwargs
-        try:
-            args, kwargs = self._prepare(args, dict(kwargs), announced)
-        except BaseException:
-            self.inside = False  # torch calls no forward hook after an error in a pre-hook
-            raise
-        return args, kwargs
-
-    def _prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any], announced: Announced | None) -> tuple[Any, Any]:
+        self.calls_before, self.forward = self.handle.attention_calls, None
+        kwargs = dict(kwargs)
         names = [
             p.name
             for p in inspect.signature(self.model.forward).parameters.values()
@@ -165,6 +205,41 @@ class Patched:
         ]
         kwargs |= dict(zip(names, args, strict=False))
         args = args[len(names) :]
+        if self.exchanged is not None and (model.training or not self.handle.disable_in_eval):
+            self.forward, kwargs = self._slices(args, kwargs, announced)
+        else:
+            self.forward, kwargs = self._whole(kwargs, announced)
+        self.latest = self.forward
+        return args, kwargs
+
+    def _whole(self, kwargs: dict[str, Any], announced: Announced | None) -> tuple[_Way, dict[str, Any]]:
+        """Every rank on its own: whole sequences, of any shape."""
+        tokens = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
+        positions, mask = kwargs.get("position_ids"), kwargs.get("attention_mask")
+        cache = kwargs.get("past_key_values")
+        said = [x for x in (positions, mask) if x is not None]
+        if (
+            self.generating
+            or tokens is None
+            or (cache is not None and cache.get_seq_length() > 0)
+            or any(not isinstance(x, Tensor) or x.dim() != 2 or x.shape[1] != tokens.shape[1] for x in said)
+        ):
+            return _Way(None, False), kwargs
+        batch, length = tokens.shape[:2]
+        if announced is not None and (announced.documents.batch, announced.documents.seq_len) == (batch, length):
+            whole = announced.documents
+        elif not said or isinstance(tokens, FakeTensor):
+            whole = Documents(batch, length)
+        else:
+            row = torch.arange(length) if positions is None else positions.cpu()
+            whole = documents(row.expand(batch, -1), None if mask is None else mask.cpu())
+        if positions is not None:
+            kwargs["position_ids"] = positions.view_as(positions)  # a tensor of its own for every forward
+        return _Way(Plan(whole), False), kwargs
+
+    def _slices(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], announced: Announced | None
+    ) -> tuple[_Way, dict[str, Any]]:
         tokens = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
         tokens = args[0] if tokens is None and args else tokens
         if tokens is None:
@@ -174,6 +249,11 @@ class Patched:
         device = tokens.device
         if announced is not None:
             whole = announced.documents
+            if whole.seq_len % self.handle.sp:
+                raise ValueError(
+                    f"{whole.seq_len} tokens do not divide over sp.size={self.handle.sp}; set train.seq_len to a "
+                    "multiple"
+                )
             if (whole.batch, whole.seq_len) != (shape[0], shape[1] * self.handle.sp):
                 raise ValueError(
                     f"begin() told of {whole.batch} x {whole.seq_len} tokens, this rank got {shape[0]} x {shape[1]}; "
@@ -187,6 +267,7 @@ class Patched:
         elif isinstance(tokens, FakeTensor):
             whole = Documents(shape[0], shape[1] * self.handle.sp)  # planning: shapes without values
         else:
+            assert self.group is not None
             whole = agree(self.group, shape, positions, mask, device, self.micro_batch_size)
         if positions is None:
             mine = slice(self.rank * shape[1], (self.rank + 1) * shape[1])
@@ -194,19 +275,22 @@ class Patched:
                 positions = announced.position_ids[:, mine].to(device)
             else:
                 positions = torch.arange(mine.start, mine.stop, device=device).expand(shape)
-        self.forward = self.latest = Plan(whole)
         positions = positions.view_as(positions)  # a tensor of its own for every forward
-        self.plans[positions] = self.forward
-        return args, kwargs | {"position_ids": positions, "attention_mask": None}
+        return _Way(Plan(whole), True), kwargs | {"position_ids": positions, "attention_mask": None}
 
     def _after(self, model: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        active, self.inside, self.forward = self.forward is not None, False, None
+        way, self.forward = self.forward, None
         calls = self.handle.attention_calls - self.calls_before
-        if active and output is not None and calls < self.layers:
+        if way is not None and way.plan is not None and output is not None and calls < self.layers:
             raise RuntimeError(
                 f"{type(model).__name__} has {self.layers} layers and called the patched attention {calls} times: its "
-                "slices do not see each other; set sp.size=1, or a model whose every layer uses ALL_ATTENTION_FUNCTIONS"
+                "tokens do not see each other as they should; set sp.size=1 and sp.attention=transformers, or a model "
+                "whose every layer uses ALL_ATTENTION_FUNCTIONS"
             )
+
+
+def _plain(way: _Way | None) -> bool:
+    return way is None or way.plan is None or way.plan.documents.plain
 
 
 def _window_of(module: torch.nn.Module) -> int | None:

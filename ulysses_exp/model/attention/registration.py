@@ -4,18 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 import torch.distributed
 from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
+from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
+from ulysses_exp.config.head_shares import HeadShares
 from ulysses_exp.config.model_rules import why_not_sharded
 from ulysses_exp.model.attention import core, upstream
 from ulysses_exp.model.attention.exchange import FusedUlyssesAttention
+from ulysses_exp.model.attention.groups import groups
 from ulysses_exp.model.attention.handle import Ulysses
+from ulysses_exp.model.attention.own_name import interchangeable, own_name
 from ulysses_exp.model.attention.patched import Patched
 
 
@@ -24,8 +29,8 @@ def ulysses(
     model: PreTrainedModel,
     *,
     sp: int,
-    attention: str = "sdpa",
-    exchange: str = "deepspeed",
+    attention: str = "auto",
+    exchange: str = "fused",
     micro_batch_size: int,
     disable_in_eval: bool = True,
 ) -> Iterator[Ulysses]:
@@ -33,83 +38,107 @@ def ulysses(
 
     Every rank gives the model its slice of each sequence, [batch, seq_len / sp], with global position_ids (without
     any, positions run through the sequence, as in the unpatched model) and, if padded, its slice of the 2D mask.
-    Logits are those of the unpatched model on whole sequences, also for packed documents, padding and sliding windows.
-    Other models of the process, and at `sp` 1 this one, are left alone. Everything is restored on exit, also after
-    an error. Collective over all ranks at entry.
+    Logits are those of the unpatched model on whole sequences, also for packed documents, padding, sliding windows,
+    chunks, sinks and soft caps. At `sp` 1, and in eval mode with `disable_in_eval`, the same attention runs on whole
+    sequences without any collective, and no mask of n x n is made; a KV cache, `generate` and masks of the caller's own
+    are left to transformers. Other models of the process are left alone. Everything is restored on exit, also after an
+    error. Collective over all ranks at entry.
 
     Args:
-        attention: `model.config._attn_implementation`: sdpa, flex_attention, flash_attention_2 or _3, or a kernel of
-            the hub. The flash and hub paths have not been run: no GPU was at hand.
-        exchange: `deepspeed` (upstream's all-to-alls) or `fused` (`exchange.FusedUlyssesAttention`).
+        model: built with any attn_implementation.
+        attention: sdpa (torch's own kernels), flex_attention, flash_attention_2, _3 or _4, or the kernel of a hub that
+            the model was built with; `auto`: the best of these that is installed for this model and device;
+            `transformers`, at sp 1: the model is left as it is. What needs a GPU has not been run: none was at hand.
+        exchange: `deepspeed` (upstream's all-to-alls, for heads that divide) or `fused`
+            (`exchange.FusedUlyssesAttention`).
         micro_batch_size: sequences in a batch; `fused` takes any.
 
     Raises:
         ValueError: this model or attention implementation cannot run sequence-parallel.
-        RuntimeError: sequence parallelism is registered already.
+        RuntimeError: upstream's exchange is registered already.
     """
-    if sp == 1:
-        yield Ulysses(disable_in_eval=disable_in_eval)
-        return
     if exchange not in ("deepspeed", "fused"):
         raise ValueError(f"sp.exchange={exchange!r} is not a choice; set deepspeed or fused")
-    _check_model(model, attention)
-    heads = model.config.get_text_config().num_attention_heads
-    if heads % sp:  # upstream says so only when some ranks are connected and others are still connecting
-        raise ValueError(f"{heads} query heads do not divide over sp.size={sp}")
+    why = _why_not(model, sp, exchange)
+    if sp == 1 and (why is not None or attention == "transformers"):
+        yield Ulysses(disable_in_eval=disable_in_eval)
+        return
+    if why is not None:
+        raise ValueError(f"{why}; set sp.size=1")
+    name = _resolved(model, attention)
+    handle = Ulysses(sp=sp, disable_in_eval=disable_in_eval, attention=name)
+    run = core.around(name, ALL_ATTENTION_FUNCTIONS[name])
+    patched = Patched(handle, model, model.config._attn_implementation, run)
     with ExitStack() as stack:
-        stack.enter_context(upstream.sequence_parallel_state())
-        stack.enter_context(upstream.kv_groups(model))
-        stack.enter_context(upstream.entry(ALL_ATTENTION_FUNCTIONS, attention))
-        original = ALL_ATTENTION_FUNCTIONS[attention]
-        ALL_ATTENTION_FUNCTIONS[attention] = core.around(attention, original)  # what upstream finds and wraps
-        mpu = UlyssesSPAttentionHF.register_with_transformers(
-            model, attention, sp, micro_batch_size, disable_in_eval=disable_in_eval
-        )
-        # new_group returns while other ranks still connect to this one; who leaves the context early would fail them
-        torch.distributed.barrier()
-        handle = Ulysses(mpu, sp, disable_in_eval)
-        exchanged = upstream.attention_module(ALL_ATTENTION_FUNCTIONS[attention])
-        if exchange == "fused":
-            exchanged = _fused(exchanged)
-        patched = Patched(handle, model, original, exchanged, micro_batch_size if exchange == "deepspeed" else None)
-        ALL_ATTENTION_FUNCTIONS[attention] = patched.attention
-        if attention in ALL_MASK_ATTENTION_FUNCTIONS:
-            stack.enter_context(upstream.entry(ALL_MASK_ATTENTION_FUNCTIONS, attention))
-            ALL_MASK_ATTENTION_FUNCTIONS[attention] = patched.mask(ALL_MASK_ATTENTION_FUNCTIONS[attention])
+        own = stack.enter_context(own_name(model, patched.attention, patched.mask))
+        if sp > 1 and exchange == "fused":
+            made = stack.enter_context(groups(sp))
+            handle.mpu = made
+            shared = FusedUlyssesAttention(run, process_group=made.get_sequence_parallel_group())
+            shared.gather_position_ids = False  # the documents of the forward are known
+            patched.share(shared, None)
+        elif sp > 1:
+            stack.enter_context(upstream.sequence_parallel_state())
+            stack.enter_context(upstream.kv_groups(model))
+            with upstream.entry(ALL_ATTENTION_FUNCTIONS, own):
+                ALL_ATTENTION_FUNCTIONS[own] = _own_sinks(run, sp)  # what upstream finds and wraps
+                handle.mpu = UlyssesSPAttentionHF.register_with_transformers(model, own, sp, micro_batch_size)
+                wrapped = upstream.attention_module(ALL_ATTENTION_FUNCTIONS[own])
+            # new_group returns while other ranks still connect to this one; who leaves the context early fails them
+            torch.distributed.barrier()
+            patched.share(wrapped, micro_batch_size)
         stack.enter_context(patched.hooks())
         yield handle
 
 
-def _check_model(model: PreTrainedModel, attention: str) -> None:
-    """Raises ValueError for what can be known before a forward."""
+def _why_not(model: PreTrainedModel, sp: int, exchange: str) -> str | None:
+    """Why the core attention cannot serve this model; None where nothing is known against it."""
+    kind, text = type(model).__name__, model.config.get_text_config()
+    why = why_not_sharded(kind, getattr(text, "layer_types", None))
+    if why is not None:
+        return why
+    if not interchangeable(model):
+        return f"{kind} brings its own attention code, which Ulysses does not reach"
+    heads, kv_heads = text.num_attention_heads, getattr(text, "num_key_value_heads", None)
+    if exchange == "deepspeed" and sp > 1:
+        if kv_heads is None:
+            return f"{kind} is configured without num_key_value_heads, which sp.exchange=deepspeed reads"
+        if not HeadShares(sp, heads).even(kv_heads):
+            return (
+                f"{heads} query heads and {kv_heads} KV heads do not divide over sp.size={sp} in sp.exchange=deepspeed"
+            )
+    return None
+
+
+def _own_sinks(run: core.Core, sp: int) -> core.Core:
+    """`run` with the sinks of this rank's heads, of which upstream's exchange knows nothing."""
+
+    def cut(*args: Any, s_aux: Tensor | None = None, **kwargs: Any) -> tuple[Tensor, Any]:
+        return run(*args, s_aux=None if s_aux is None else s_aux.chunk(sp)[torch.distributed.get_rank() % sp], **kwargs)
+
+    return cut
+
+
+def _resolved(model: PreTrainedModel, attention: str) -> str:
+    """The name of transformers' attention function whose part the core takes.
+
+    Raises:
+        ValueError: there is none that is known to be causal on whole sequences.
+    """
+    if attention == "auto":
+        gpu = any(p.device.type == "cuda" for p in model.parameters()) or torch.cuda.is_initialized()
+        if not gpu or next(model.parameters()).dtype not in (torch.bfloat16, torch.float16):
+            return "sdpa"
+        if is_flash_attn_3_available():
+            return "flash_attention_3"
+        return "flash_attention_2" if is_flash_attn_2_available() else "sdpa"
+    if attention == "transformers":
+        raise ValueError("sp.attention=transformers makes masks of n x n, which Ulysses cannot shard; set sp.size=1")
     if attention in ("eager", "paged|eager"):
         raise ValueError("sp.attention=eager needs an n^2 mask, which Ulysses cannot shard; set sp.attention=sdpa")
-    if attention not in ("sdpa", "flex_attention") and "flash" not in attention and "/" not in attention:
+    known = attention in ("sdpa", "flex_attention") or "flash" in attention or "/" in attention
+    if not known or attention not in ALL_ATTENTION_FUNCTIONS:
         raise ValueError(
             f"sp.attention={attention} is not known to be causal on whole sequences; set sp.attention=sdpa"
         )
-    have = model.config._attn_implementation
-    if have != attention:
-        raise ValueError(f"the model was built with attention {have}, not {attention}; set sp.attention={have}")
-    text = model.config.get_text_config()
-    why = why_not_sharded(
-        type(model).__name__, getattr(text, "layer_types", None), getattr(text, "num_key_value_heads", None)
-    )
-    if why is not None:
-        raise ValueError(f"{why}; set sp.size=1")
-
-
-def _fused(base: UlyssesSPAttentionHF) -> FusedUlyssesAttention:
-    fused = FusedUlyssesAttention(
-        attn=base.attn,
-        batch_size=base.batch_size,
-        attn_head_count=base.attn_head_count,
-        attn_head_size=base.attn_head_size,
-        kv_head_count=base.global_kv_head_count,
-        num_hidden_layers=base.num_hidden_layers,
-        process_group=base.process_group,
-        seq_length_is_variable=True,
-        disable_in_eval=base.disable_in_eval,
-    )
-    fused.gather_position_ids = False  # the documents of the forward are known
-    return fused
+    return attention

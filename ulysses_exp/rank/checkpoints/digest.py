@@ -6,14 +6,20 @@ fragments that ranks hold add up to the digest of the whole tensor: a fingerprin
 all-reduce of 8 bytes a tensor instead of gathering it. Any change to a single element changes the digest, since odd
 keys are invertible; changes to several cancel with probability 2^-32 at most. It guards against damage and mistakes,
 not against forgery. Measured on one core of the benchmark machine: 4 GB/s, SHA-256 0.7 GB/s.
+
+What lies on an accelerator is hashed there: products and sums of int64 wrap modulo 2^64, as those of uint64 do.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
 
 import numpy as np
 import torch
 
 _BLOCK = 1 << 14  # words; a block of data and its keys stay in the L2 cache
+_RUN = 128  # blocks that an accelerator takes at once, 16 MiB; as much is needed for their products
 _MASK = (1 << 64) - 1
 
 
@@ -44,20 +50,64 @@ def digest(data: torch.Tensor, start: int = 0) -> int:
     Returns:
         0 <= digest < 2^64; add the shares of all parts modulo 2^64.
     """
-    flat = data.detach().reshape(-1)
-    if flat.device.type != "cpu":
-        flat = flat.cpu()
-    return digest_bytes(flat.view(torch.uint8).numpy(), start * data.element_size())
+    flat = data.detach().reshape(-1).view(torch.uint8)
+    offset = start * data.element_size()
+    return digest_bytes(flat.numpy(), offset) if flat.device.type == "cpu" else digest_where_it_lies(flat, offset)
+
+
+def digest_where_it_lies(data: torch.Tensor, offset: int = 0) -> int:
+    """`digest_bytes` by torch's operations, on any device: a number comes to the host, and at most two broken words."""
+    head, tail = _broken(len(data), offset)
+    total = 0
+    if head:
+        total += _partial_word(data[:head].cpu().numpy(), offset)
+    if tail:
+        total += _partial_word(data[len(data) - tail :].cpu().numpy(), offset + len(data) - tail)
+    words = data[head : len(data) - tail]
+    keys, first = _keys_on(data.device), (offset + head) // 8
+    sums = []
+    for begin, end in _runs(first, len(words) // 8):
+        piece = words[8 * begin : 8 * end]
+        if piece.data_ptr() % 8:  # int64 has to lie at a multiple of 8
+            piece = piece.clone()
+        block, within = divmod(first + begin, _BLOCK)
+        rows = piece.view(torch.int64).view(-1, min(end - begin, _BLOCK))
+        of_blocks = [to_int64(key) for key in _block_keys(block, len(rows))]
+        shares = (rows * keys[within : within + rows.shape[1]]).sum(1)
+        sums.append((shares * torch.tensor(of_blocks).to(data.device)).sum())
+    return (total + (int(torch.stack(sums).sum()) if sums else 0)) & _MASK
+
+
+def _runs(first: int, count: int) -> Iterator[tuple[int, int]]:
+    """[begin, end) of pieces of `count` words of which the first is word `first` of the tensor: a part of one block, or
+    up to _RUN whole blocks."""
+    begin = 0
+    while begin < count:
+        within = (first + begin) % _BLOCK
+        whole = (count - begin) // _BLOCK
+        size = min(whole, _RUN) * _BLOCK if within == 0 and whole else min(_BLOCK - within, count - begin)
+        yield begin, begin + size
+        begin += size
+
+
+@cache
+def _keys_on(device: torch.device) -> torch.Tensor:
+    return torch.from_numpy(_KEYS.view(np.int64)).to(device)
+
+
+def _broken(size: int, offset: int) -> tuple[int, int]:
+    """How many of `size` bytes at byte `offset` are before the first and after the last whole word."""
+    head = min(-offset % 8, size)
+    return head, (offset + size) % 8 if head < size else 0
 
 
 def digest_bytes(data: np.ndarray, offset: int = 0) -> int:
     """`digest` of uint8 `data` that begins at byte `offset` of the tensor."""
     total = 0
     end = offset + len(data)
-    head = min(-offset % 8, len(data))
+    head, tail = _broken(len(data), offset)
     if head:
         total += _partial_word(data[:head], offset)
-    tail = (end % 8) if head < len(data) else 0
     words = data[head : len(data) - tail].view(np.uint64)
     if tail:
         total += _partial_word(data[len(data) - tail :], end - tail)

@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import deepspeed
-import torch
 import torch.distributed as dist
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
 from ulysses_exp.rank.checkpoints.digest import digest, to_hex
 from ulysses_exp.rank.checkpoints.homes import WEIGHTS, Fragment, fragments, module_fragments, scalars
@@ -74,28 +74,29 @@ def gather_scalars(engine: deepspeed.DeepSpeedEngine) -> dict[str, dict[str, flo
 def module_digests(engine: deepspeed.DeepSpeedEngine) -> dict[str, str]:
     """Digests of the whole weights as the forward pass of *this* rank uses them, in their own type.
 
-    Under ZeRO 3 each parameter is gathered for the purpose, one at a time. Collective over the world.
+    What this rank has whole it hashes alone. Of what ZeRO 3 gathers when it is used, each rank hashes its part, so that
+    nothing is gathered. Collective over the world.
     """
+    held, tensors = list(module_fragments(engine)), _module_tensors(engine)
+    sharded = [hasattr(tensor, "ds_tensor") for tensor in tensors]
+    shares = [digest(f.data, f.start) for f, shared in zip(held, sharded, strict=True) if shared]
+    gathered = iter(all_reduce_digests(shares) if shares else ())
     found = {}
-    for fragment, tensor in zip(module_fragments(engine), _module_tensors(engine), strict=True):
-        if hasattr(tensor, "ds_tensor"):
-            with deepspeed.zero.GatheredParameters([tensor]):
-                found[fragment.name] = to_hex(digest(tensor.data))
-        else:
-            found[fragment.name] = to_hex(digest(fragment.data))
+    for fragment, tensor, shared in zip(held, tensors, sharded, strict=True):
+        whole = next(gathered) if shared else None
+        if whole is None or tensor.ds_status == ZeroParamStatus.AVAILABLE:  # a small one, of which each has its own
+            whole = to_hex(digest(tensor.data if shared else fragment.data))
+        found[fragment.name] = whole
     return found
 
 
-def _module_tensors(engine: deepspeed.DeepSpeedEngine) -> list[torch.Tensor]:
+def _module_tensors(engine: deepspeed.DeepSpeedEngine) -> list[Any]:
     tensors = dict(engine.module.named_parameters()) | dict(engine.module.named_buffers())
     return [tensors[name] for name in names(engine)]
 
 
 def weights_identical(engine: deepspeed.DeepSpeedEngine, group: dist.ProcessGroup | None) -> bool:
-    """Whether all ranks of `group` compute with the same complete weights, bit for bit.
-
-    Collective over the world, whatever `group` is: ZeRO 3 gathers.
-    """
+    """Whether all ranks of `group` compute with the same complete weights, bit for bit. Collective over the world."""
     mine = list(module_digests(engine).values())
     if dist.get_world_size(group) == 1:
         return True

@@ -136,7 +136,8 @@ def _fill(fragment: Fragment, file: int, where: Stored) -> None:
     position = where.position + fragment.start * fragment.data.element_size()
     for begin in range(0, len(target), _PIECE_BYTES):
         piece = target[begin : begin + _PIECE_BYTES]
-        host = piece if piece.device.type == "cpu" else torch.empty_like(piece, device="cpu")
+        on_host = piece.device.type == "cpu"
+        host = piece if on_host else torch.empty_like(piece, device="cpu", pin_memory=True)
         buffer = host.numpy().data
         at = position + begin
         while buffer:
@@ -144,8 +145,8 @@ def _fill(fragment: Fragment, file: int, where: Stored) -> None:
             if not count:
                 raise CheckpointError(where.path, "damaged: shorter than its header says")
             buffer, at = buffer[count:], at + count
-        if host is not piece:
-            piece.copy_(host)
+        if not on_host:
+            piece.copy_(host, non_blocking=True)  # while the next piece is read; pinned memory is kept until it is done
 
 
 def _damage(

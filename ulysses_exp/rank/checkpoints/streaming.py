@@ -5,22 +5,25 @@ machines is sent, for two machines that write one file can lose each other's pag
 same rounds. In a round each writer receives what it needs of the next piece of its file, so memory is bounded by a
 piece, a byte travels at most once, and all ranks write at the same time.
 Bytes are sent, not numbers added, so every bit arrives, also of -0.0 and NaN.
+What lies on an accelerator is hashed there, and copied to pinned host memory in a stream of its own while the round
+before is still being written.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from ulysses_exp.rank.checkpoints.digest import digest_bytes, to_hex, to_int64
+from ulysses_exp.rank.checkpoints.digest import digest, to_hex, to_int64
 from ulysses_exp.rank.checkpoints.homes import Fragment
 from ulysses_exp.rank.checkpoints.shards import Shard, Tensor
 
@@ -56,6 +59,7 @@ def write(shards: list[Shard], fragments: list[Fragment], files: Files) -> dict[
     index = {(t.kind, t.name): i for i, t in enumerate(t for shard in shards for t in shard.tensors)}
     digests = [0] * len(index)
     beside = _on_this_machine()
+    copies = torch.cuda.Stream() if any(f.data.is_cuda for f in fragments) or device.type == "cuda" else None
     buffers: list[torch.Tensor] = []
     writing: list[Future[None]] = []
     with ThreadPoolExecutor(1) as disk:
@@ -80,11 +84,11 @@ def write(shards: list[Shard], fragments: list[Fragment], files: Files) -> dict[
                     place = (begin - piece.start) * itemsize
                     if part.rank == rank:
                         held = mine[key]
-                        view = held.data[begin - held.start : end - held.start].view(torch.uint8)
-                        host = view.cpu()
-                        digests[index[key]] += digest_bytes(host.numpy(), begin * itemsize)
+                        own = held.data[begin - held.start : end - held.start]
+                        view = own.view(torch.uint8)
+                        digests[index[key]] += digest(own, begin)
                         if beside[writer]:
-                            ready.append((piece.shard, host, piece.position + place))
+                            ready.append((piece.shard, view, piece.position + place))
                         else:
                             messages.append(dist.P2POp(dist.isend, view.to(device), writer))
                     elif writer == rank and not beside[part.rank]:
@@ -93,13 +97,34 @@ def write(shards: list[Shard], fragments: list[Fragment], files: Files) -> dict[
                         ready.append((piece.shard, incoming, piece.position + place))
             for message in dist.batch_isend_irecv(messages) if messages else ():
                 message.wait()
+            hosts, wait = to_host([data for _, data, _ in ready], copies)
             for write_ in writing:  # of the round before: at most two rounds are in memory
                 write_.result()
-            writing = [disk.submit(files.write, shard, data.cpu().numpy(), at) for shard, data, at in ready]
+            writing = [
+                disk.submit(_put, files, shard, host, at, wait)
+                for (shard, _, at), host in zip(ready, hosts, strict=True)
+            ]
         for write_ in writing:
             write_.result()
         whole = all_reduce_digests(digests)
     return dict(zip(index, whole, strict=True))
+
+
+def to_host(data: list[torch.Tensor], stream: torch.cuda.Stream | None) -> tuple[list[torch.Tensor], Callable[[], Any]]:
+    """Where `data` is in host memory, and what returns once it is there: what lies on a device is copied in `stream`.
+
+    torch takes pinned memory for such a copy, from an allocator that keeps it for the next round.
+    """
+    if stream is None:
+        return data, lambda: None
+    stream.wait_stream(torch.cuda.current_stream())  # what is copied may still be computed, or be on its way
+    with torch.cuda.stream(stream):
+        return [tensor.to("cpu", non_blocking=True) for tensor in data], stream.record_event().synchronize
+
+
+def _put(files: Files, shard: Shard, host: torch.Tensor, position: int, wait: Callable[[], Any]) -> None:
+    wait()
+    files.write(shard, host.numpy(), position)
 
 
 def communication_device() -> torch.device:

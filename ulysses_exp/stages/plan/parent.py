@@ -10,10 +10,10 @@ from typing import Any
 
 import ulysses_exp.plan
 from ulysses_exp.config import Config, ConfigError
+from ulysses_exp.config.hardware import Hardware, load
 from ulysses_exp.config.tiles import tiles_of
 from ulysses_exp.experiment.job import Job, StageFailure
 from ulysses_exp.plan.forks import TraceError, forks
-from ulysses_exp.plan.hardware import Hardware, load
 from ulysses_exp.plan.planner import Planner
 from ulysses_exp.plan.step_time import ASSUMPTIONS, Work, collectives, step_time, work
 from ulysses_exp.plan.trace import Trace

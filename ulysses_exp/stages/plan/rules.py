@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from ulysses_exp.config.errors import ConfigError
+from ulysses_exp.config.hardware import load
 from ulysses_exp.config.schema import Config
-from ulysses_exp.plan.hardware import load
 
 #: DeepSpeed makes lists of all ranks: tracing takes time and memory in proportion to them.
 PLANNED_RANKS = 4096

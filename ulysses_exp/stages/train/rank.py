@@ -106,6 +106,7 @@ def train(session: Session) -> dict[str, Any]:
         "mfu": work.model / median / world / peak if peak else None,
         "hfu": work.hardware / median / world / peak if peak else None,
         "peak_memory_bytes": {"max": max(per_rank), "per_rank": per_rank},
+        **({"allocator": of_allocator(steps)} if steps[-1].allocator else {}),  # of accelerators
         "communication": {
             "all_to_all_calls_per_step": steps[-1].all_to_all_calls,
             "all_to_all_bytes_per_step": steps[-1].all_to_all_bytes,
@@ -113,6 +114,15 @@ def train(session: Session) -> dict[str, Any]:
         "checkpoint": str(saved.folder.relative_to(session.task.folder)) if saved else None,
         "weights_identical_across_ranks": checkpoints.weights_identical(session.engine, dist.group.WORLD),
     }
+
+
+def of_allocator(steps: list[Step]) -> dict[str, dict[str, Any]]:
+    """The allocators' figures by name: the worst rank's and each rank's, their highest since training began."""
+    found = {}
+    for name in steps[-1].allocator:
+        per_rank = [max(column) for column in zip(*(s.allocator[name] for s in steps), strict=True)]
+        found[name] = {"max": max(per_rank), "per_rank": per_rank}
+    return found
 
 
 def _nothing_to_do(session: Session, work: flops.StepFlops) -> dict[str, Any]:
@@ -190,6 +200,8 @@ def metrics(session: Session, step: Step, work: flops.StepFlops, peak: float | N
         "comm/all_to_all_bytes": step.all_to_all_bytes,
         "comm/all_to_all_calls": step.all_to_all_calls,
     }
+    for name, per_rank in step.allocator.items():
+        line[f"memory/{name}_max"] = max(per_rank)
     if step.skipped:
         line["train/skipped"] = 1
     # null where the device's peak is not known, as on CPUs

@@ -23,6 +23,12 @@ SHAPE = {
     "mfu": number,
     "hfu": number,
     "peak_memory_bytes": fields(max=number),
+    "allocator": fields(
+        peak_reserved_bytes=fields(max=number),
+        beside_allocator_bytes=fields(max=number),
+        alloc_retries=fields(max=number),
+        ooms=fields(max=number),
+    ),
     "communication": fields(all_to_all_bytes_per_step=number),
     "max_seq_len": whole,
 }
@@ -90,6 +96,8 @@ def facts(stage: Mapping[str, Any], arrow: str) -> list[Fact]:
     if memory.get("max"):
         ranks = len(memory.get("per_rank") or [1])
         found.append(("peak memory", of_bytes(memory["max"]) + (f", worst of {ranks} ranks" if ranks > 1 else "")))
+    if reserved := (held := stage.get("allocator", {})).get("peak_reserved_bytes"):
+        found.append(("", _reserved(held, reserved)))
     exchange = stage.get("communication", {})
     if exchange.get("all_to_all_calls_per_step"):
         found.append(
@@ -102,3 +110,14 @@ def facts(stage: Mapping[str, Any], arrow: str) -> list[Fact]:
     if stage.get("weights_identical_across_ranks") is False:
         found.append(("weights", Text("differ between ranks", style="bold red")))
     return found
+
+
+def _reserved(held: Mapping[str, Any], reserved: Mapping[str, Any]) -> str:
+    """What the allocator of the worst rank has taken of its device, and what there is beside it."""
+    ranks = reserved.get("per_rank") or [reserved["max"]]
+    text = f"{of_bytes(reserved['max'])} reserved" + (f", rank {ranks.index(max(ranks))}" if len(ranks) > 1 else "")
+    if beside := held.get("beside_allocator_bytes", {}).get("max"):
+        text += f"; up to {of_bytes(beside)} beside it"
+    if retries := held.get("alloc_retries", {}).get("max"):
+        text += f"; {retries} retries for want of memory"
+    return text

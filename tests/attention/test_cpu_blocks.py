@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ulysses_exp.model.attention import cpu_causal
+from ulysses_exp.model.attention import core
+from ulysses_exp.model.attention.documents import Documents
+from ulysses_exp.model.attention.kernels import cpu, cpu_blocks
 
 
 def inputs(batch: int, heads: int, kv_heads: int, tokens: int, dim: int, dtype: torch.dtype) -> list[Tensor]:
@@ -25,6 +27,11 @@ def torchs(query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> 
     return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
 
 
+def ours_of(query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
+    plan = core.Plan(Documents(query.shape[0], query.shape[2]))
+    return core.torchs(query, key, value, plan, core.Scores(scaling)).transpose(1, 2)
+
+
 def gradients(attention, tensors: list[Tensor], scaling: float | None) -> list[Tensor]:
     out = attention(*tensors, scaling)
     weight = torch.linspace(-1, 2, out.numel(), dtype=out.dtype).reshape(out.shape)
@@ -36,11 +43,11 @@ def gradients(attention, tensors: list[Tensor], scaling: float | None) -> list[T
 @pytest.mark.parametrize("scaling", [None, 0.3])
 def test_gradients_are_as_exact_as_torchs(tokens, heads, kv_heads, dim, scaling) -> None:
     ours = inputs(2, heads, kv_heads, tokens, dim, torch.float32)
-    assert cpu_causal.helps(*ours)
-    assert torch.equal(cpu_causal.causal(*ours, scaling), torchs(*ours, scaling))
+    assert cpu_blocks.helps(ours[0])
+    assert torch.equal(ours_of(*ours, scaling), torchs(*ours, scaling))
     exact = gradients(torchs, inputs(2, heads, kv_heads, tokens, dim, torch.float64), scaling)
     for mine, theirs, true in zip(
-        gradients(cpu_causal.causal, ours, scaling), gradients(torchs, ours, scaling), exact, strict=True
+        gradients(ours_of, ours, scaling), gradients(torchs, ours, scaling), exact, strict=True
     ):
         assert (mine - true).norm() <= 2 * (theirs - true).norm() <= 1e-5 * true.norm()
 
@@ -48,27 +55,29 @@ def test_gradients_are_as_exact_as_torchs(tokens, heads, kv_heads, dim, scaling)
 def test_one_token_more_than_a_block_and_one_less() -> None:
     for tokens in (513, 639):
         ours = inputs(1, 2, 1, tokens, 16, torch.float32)
-        for mine, theirs in zip(gradients(cpu_causal.causal, ours, None), gradients(torchs, ours, None), strict=True):
+        for mine, theirs in zip(gradients(ours_of, ours, None), gradients(torchs, ours, None), strict=True):
             assert (mine - theirs).norm() <= 1e-6 * theirs.norm()
 
 
-def test_it_is_used_where_a_backward_follows_and_the_kernel_is_that_one() -> None:
+def test_it_is_used_where_a_backward_follows_and_the_kernel_is_that_one(monkeypatch) -> None:
     ours = inputs(1, 2, 1, 512, 16, torch.float32)
-    assert cpu_causal.helps(*ours)
+    calls = []
+    original = cpu.attention
+    monkeypatch.setattr(cpu, "attention", lambda *a, **k: calls.append(1) or original(*a, **k))
+    ours_of(*ours, None)
+    assert calls == [1]
     with torch.no_grad():
-        assert not cpu_causal.helps(*ours)
-    assert not cpu_causal.helps(*(x.detach() for x in ours))
-    assert not cpu_causal.helps(*(x.bfloat16() for x in ours))
-    assert not cpu_causal.helps(*(x[:, :, :511] for x in ours))
-    assert not cpu_causal.helps(ours[0], ours[1], ours[2][..., :8])
-    assert not cpu_causal.helps(*inputs(1, 2, 1, 512, 128, torch.float32))
+        ours_of(*ours, None)
+    ours_of(*(x.detach() for x in ours), None)
+    ours_of(*(x.bfloat16() for x in ours), None)
+    ours_of(*(x[:, :, :511] for x in ours), None)
+    ours_of(*inputs(1, 2, 1, 512, 128, torch.float32), None)
+    assert calls == [1]  # torch's own
 
 
 def test_no_second_derivative_is_made_up() -> None:
     query, key, value = inputs(1, 1, 1, 512, 8, torch.float32)
-    (gradient,) = torch.autograd.grad(
-        cpu_causal.causal(query, key, value, None).square().sum(), query, create_graph=True
-    )
+    (gradient,) = torch.autograd.grad(ours_of(query, key, value, None).square().sum(), query, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()
 
@@ -83,7 +92,7 @@ def test_it_is_still_faster_than_torchs() -> None:
         turns = []
         for _ in range(15):
             times = [time.perf_counter()]
-            for attention in (torchs, cpu_causal.causal):
+            for attention in (torchs, ours_of):
                 gradients(attention, ours, None)
                 times.append(time.perf_counter())
             turns.append((times[2] - times[1]) / (times[1] - times[0]))

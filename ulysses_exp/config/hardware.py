@@ -9,7 +9,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ulysses_exp.config import ConfigError, nearest
+from ulysses_exp.config.errors import ConfigError, nearest
 from ulysses_exp.config.paths import CONF
 
 GIB = 2**30
