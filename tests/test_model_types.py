@@ -14,11 +14,13 @@ import pytest
 import torch
 from checkout import ROOT
 from transformers import AutoConfig, LlamaForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ulysses_exp.config import Config, ConfigError, ModelConfig, tried
 from ulysses_exp.experiment import model_check
 from ulysses_exp.model import outside_attention
 from ulysses_exp.model.outside_attention import mixes_outside_attention
+from ulysses_exp.model.tiny.settings import DEFAULTS
 
 
 @pytest.mark.parametrize(
@@ -140,6 +142,16 @@ def test_the_table_of_a_spread_of_types(tmp_path):
     assert found["gemma3_text"]["layers"] == ["attention", "windows"] and "experts" in found["qwen3_moe"]["layers"]
     known = table(tmp_path, "bloom")
     assert known.keys() == found.keys(), "results of other types stay"
+
+
+@pytest.mark.long
+def test_no_type_that_runs_right_is_refused_for_what_its_tiny_copy_shows():
+    refused = {}
+    for kind in json.loads(tried.FILE.read_text())["right"]:
+        config = CONFIG_MAPPING[kind](**DEFAULTS.get(kind, {}))
+        if (why := mixes_outside_attention(config)) is not None:
+            refused[kind] = why
+    assert refused == {}
 
 
 @pytest.mark.long
