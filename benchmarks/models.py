@@ -76,13 +76,19 @@ def main() -> None:
         print(f"{time.monotonic() - began:5.0f} s  {kind}: {result['result']}  {result['reason']}", flush=True)
         report = {"versions": VERSIONS, "types": {name: results[name] for name in every if name in results}}
         temporary = arguments.out.with_suffix(".tmp")
-        temporary.write_text(json.dumps(report, indent=1) + "\n")
+        temporary.write_text(lines(report))
         temporary.replace(arguments.out)
     report = json.loads(arguments.out.read_text())
     arguments.docs.write_text(markdown(report, len(every)))
     good = [name for name, one in report["types"].items() if one["result"] == "right"]
     known = {"transformers": VERSIONS["transformers"], "right": good}
     arguments.known.write_text(json.dumps(known, indent=1) + "\n")
+
+
+def lines(report: dict[str, Any]) -> str:
+    """JSON, a type a line."""
+    types = ",\n".join(f"{json.dumps(name)}: {json.dumps(one)}" for name, one in report["types"].items())
+    return f'{{"versions": {json.dumps(report["versions"])},\n"types": {{\n{types}\n}}}}\n'
 
 
 def before(file: Path) -> dict[str, Any]:

@@ -257,7 +257,8 @@ class Ranks:
                 "result": "crashed",
                 "reason": f"hangs: {WORLD - len(found)} ranks gave nothing in {within_s:.0f} s",
             }
-        return judged(kind, {what: max(one[what] for one in found.values()) for what in found[0]}, self.model)
+        off = {what: float(f"{max(one[what] for one in found.values()):.3g}") for what in found[0]}
+        return judged(kind, off, self.model)
 
 
 def tried(kind: str, within_s: float, sizes: tuple[int, ...] = SIZES) -> dict[str, Any]:

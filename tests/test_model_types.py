@@ -14,11 +14,13 @@ import pytest
 import torch
 from checkout import ROOT
 from transformers import AutoConfig, LlamaForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ulysses_exp.config import Config, ConfigError, ModelConfig, tried
 from ulysses_exp.experiment import model_check
 from ulysses_exp.model import outside_attention
 from ulysses_exp.model.outside_attention import mixes_outside_attention
+from ulysses_exp.model.tiny.settings import DEFAULTS
 
 
 @pytest.mark.parametrize(
@@ -80,7 +82,8 @@ def test_what_the_process_that_tries_models_answers():
 
 @pytest.mark.long  # a process that imports torch
 def test_an_unknown_model_is_refused_before_ranks_start(monkeypatch):
-    assert tried.right("llama") and not tried.right("bloom")
+    assert tried.right("llama", {}) and not tried.right("bloom", {})
+    assert not tried.right("llama", {"rope_parameters": {"rope_type": "longrope"}})
     monkeypatch.setattr(model_check, "_answers", {})
     try:
         monkeypatch.setattr(model_check.model_rules, "why_not_sharded", lambda *_: None)
@@ -99,7 +102,7 @@ def test_what_another_transformers_ran_right_is_tried_again(tmp_path, monkeypatc
     monkeypatch.setattr(tried, "FILE", tmp_path / "tried.json")
     tried._found.cache_clear()
     try:
-        assert not tried.right("llama")
+        assert not tried.right("llama", {})
     finally:
         tried._found.cache_clear()
 
@@ -139,6 +142,16 @@ def test_the_table_of_a_spread_of_types(tmp_path):
     assert found["gemma3_text"]["layers"] == ["attention", "windows"] and "experts" in found["qwen3_moe"]["layers"]
     known = table(tmp_path, "bloom")
     assert known.keys() == found.keys(), "results of other types stay"
+
+
+@pytest.mark.long
+def test_no_type_that_runs_right_is_refused_for_what_its_tiny_copy_shows():
+    refused = {}
+    for kind in json.loads(tried.FILE.read_text())["right"]:
+        config = CONFIG_MAPPING[kind](**DEFAULTS.get(kind, {}))
+        if (why := mixes_outside_attention(config)) is not None:
+            refused[kind] = why
+    assert refused == {}
 
 
 @pytest.mark.long

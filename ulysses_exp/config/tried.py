@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
+
+from ulysses_exp.config.model_rules import ropes
 
 FILE = Path(__file__).with_name("tried.json")
 
 
-def right(model_type: str) -> bool:
-    """Whether models of this type were tried with the installed transformers, and gave the right numbers."""
-    return model_type in _found()
+#: Rotary embeddings whose frequencies follow the longest position that they are given, in whatever type of model
+_BY_LENGTH = {"dynamic", "longrope"}
+
+
+def right(model_type: str, settings: Mapping[str, Any]) -> bool:
+    """Whether such models were tried with the installed transformers, and gave the right numbers.
+
+    Args:
+        settings: of the part that reads text.
+    """
+    kinds = {rope.get("rope_type", rope.get("type")) for rope in ropes(settings)}
+    return model_type in _found() and not kinds & _BY_LENGTH
 
 
 @cache

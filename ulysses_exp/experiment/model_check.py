@@ -139,14 +139,14 @@ def _check_sharding(config: Config, text: dict[str, Any], kind: str) -> None:
         if layout.sp == 1:
             continue
         why = model_rules.why_not_sharded(kind, text.get("layer_types"))
-        why = why or _why_not_in_slices(config, kind)
+        why = why or _why_not_in_slices(config, kind, text)
         if why is not None:
             raise ConfigError(key, why, "set sp.size=1" if key == "sp.size" else "name layouts with sp1 only")
 
 
-def _why_not_in_slices(config: Config, kind: str) -> str | None:
+def _why_not_in_slices(config: Config, kind: str, text: dict[str, Any]) -> str | None:
     """What a tiny copy of the model shows, where nobody knows whether slices of sequences give the right numbers."""
-    if tried.right(kind):
+    if tried.right(kind, text):
         return None
     found = ask("slices", path=config.model.name_or_path, given=config.model.architecture)
     return None if found is None else found.get("why")

@@ -146,6 +146,17 @@ def open_session(task: Task, rank: int) -> Iterator[Session]:
         )
 
 
+def _refuse_outside_attention(config: Config, model: PreTrainedModel) -> None:
+    """Raises ConfigError where slices of sequences would give other numbers, as a tiny copy of the model shows.
+
+    Of models that the parent could read it has asked already; not of those with code of their own.
+    """
+    settings = model.config.get_text_config().to_dict()
+    known = tried.right(model.config.model_type, settings) and not config.model.trust_remote_code
+    if config.sp.size > 1 and not known and (why := mixes_outside_attention(model)) is not None:
+        raise ConfigError("sp.size", why, "set sp.size=1")
+
+
 @contextlib.contextmanager
 def _on_all_cores() -> Iterator[None]:
     """Weights are read, converted and checked on all cores that this process may use: the other ranks wait.
@@ -159,16 +170,6 @@ def _on_all_cores() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _refuse_outside_attention(config: Config, model: PreTrainedModel) -> None:
-    """Raises ConfigError where slices of sequences would give other numbers, as a tiny copy of the model shows.
-
-    Of models that the parent could read it has asked already; not of those with code of their own.
-    """
-    known = tried.right(model.config.model_type) and not config.model.trust_remote_code
-    if config.sp.size > 1 and not known and (why := mixes_outside_attention(model)) is not None:
-        raise ConfigError("sp.size", why, "set sp.size=1")
 
 
 def _wait_for_rank_0(rank: int) -> None:
