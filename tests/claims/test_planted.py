@@ -152,5 +152,5 @@ def test_upstream_is_measured_as_the_findings_say(tmp_path: Path) -> None:
     cells = {claim: judged(claim, "upstream", "sp2-dp1-z2", ranks) for claim, ranks in counted.items()}
     wrong = {claim: cell.finding for claim, cell in cells.items() if cell.verdict == DOES_NOT}
     assert wrong == {"C4": 5, "C9": 16, "C10": 1}, {claim: cell.why for claim, cell in cells.items()}
-    assert cells["C8"].finding == 25 and "2.0000 x" in cells["C10"].figure and "left-padded" in cells["C4"].why
+    assert cells["C8"].finding == 26 and "2.0000 x" in cells["C10"].figure and "left-padded" in cells["C4"].why
     assert counted["C1"][0]["moved"] == 0 and counted["C1"][0]["arrived"] == 2 * len(counted["C1"][0]["batches"])

@@ -121,7 +121,7 @@ def _held(config: Config, of: Shape, gradients: bool = True) -> float:
     states = 0.0 if zero.offload_optimizer else (masters + _moments(config)) * own
     if not gradients or (zero.offload_optimizer and zero.stage > 1):
         return weights + states
-    return weights + states + itemsize * (own if zero.stage > 1 else of.parameters)
+    return weights + states + 4 * (own if zero.stage > 1 else of.parameters)  # in fp32 in bf16 too
 
 
 def _moments(config: Config) -> int:
@@ -130,13 +130,11 @@ def _moments(config: Config) -> int:
 
 
 def _temporaries(config: Config, of: Shape) -> float:
-    """What the optimizer takes while it steps: fp32 gradients, and copies that torch's `foreach` AdamW makes."""
-    if config.zero.offload_optimizer:
+    """What the optimizer takes while it steps: a flat copy of its part of the gradients. A fused one makes no other."""
+    if config.zero.offload_optimizer or config.zero.stage == 0:
         return 0
-    if config.zero.stage == 0:
-        return (2 if _itemsize(config) == 4 else 6) * of.parameters
     own = of.parameters / config.layout.world
-    return (4 + _moments(config)) * (min(own, _SUB_GROUP) if config.zero.stage == 3 else own)
+    return 4 * (min(own, _SUB_GROUP) if config.zero.stage == 3 else own)
 
 
 def _activations(config: Config, of: Shape) -> float:

@@ -143,7 +143,7 @@ class ReloadConfig:
 class ParityConfig:
     steps: int = 3
     reference: str = "sp1-dp1-z0"  # one process; sp1-dp1-z3 with zero.offload_* where the model needs host memory
-    tolerance: float | None = None  # relative; null: 1e-6 in fp32 with SGD (stages/parity/comparison.py)
+    tolerance: float | None = None  # relative; null: 1e-6 in fp32 with SGD, by noise in bf16 (parity/comparison.py)
 
 
 @dataclass

@@ -99,11 +99,12 @@ class Patched:
         if kwargs.get("sinks") is not None:  # Inkling's name of them
             kwargs["s_aux"] = kwargs.pop("sinks")
         assert way.plan is not None
+        if llama4.scales_queries(module) and (way.shared or not way.plan.documents.plain):
+            query = llama4.rescaled(module, query, self._places(way, query.shape[2], query.device))
         plan = way.plan.chunked(llama4.chunk(module))
         if not way.shared:
             return self.core(module, query, key, value, None, *args, plan=plan, **kwargs)
         assert self.exchanged is not None
-        query = llama4.rescaled(module, query, self.rank * query.shape[2])
         groups = getattr(module, "num_key_value_groups", None)
         try:
             out, weights = self.exchanged(module, query, key, value, None, *args, plan=plan, **kwargs)
@@ -130,6 +131,13 @@ class Patched:
         elif position_ids is not None and position_ids not in self.plans:
             self.plans[position_ids] = way
         return way if way.plan is not None else None
+
+    def _places(self, way: _Way, tokens: int, device: torch.device) -> Tensor:
+        """[batch, tokens]: where in its document each token at hand is."""
+        plan = way.plan
+        assert plan is not None
+        places: Tensor = plan.once(("places", device), lambda: plan.documents.positions(device))
+        return places[:, self.rank * tokens : (self.rank + 1) * tokens] if way.shared else places
 
     def _causal(self, module: torch.nn.Module, kwargs: dict[str, Any]) -> bool:
         causal = kwargs.get("is_causal")

@@ -99,7 +99,11 @@ def _why_not(model: PreTrainedModel, sp: int, exchange: str) -> str | None:
         return why
     if not interchangeable(model):
         return f"{kind} brings its own attention code, which Ulysses does not reach"
-    heads, kv_heads = text.num_attention_heads, getattr(text, "num_key_value_heads", None)
+    heads, kv_heads = getattr(text, "num_attention_heads", None), getattr(text, "num_key_value_heads", None)
+    if heads is None:
+        return f"{kind} is configured without num_attention_heads"
+    if any(hasattr(module, "create_position_ids_from_input_ids") for module in model.modules()):
+        return f"{kind} numbers its tokens by the padding before them (RoBERTa), and not by position_ids from 0 on"
     if exchange == "deepspeed" and sp > 1:
         if kv_heads is None:
             return f"{kind} is configured without num_key_value_heads, which sp.exchange=deepspeed reads"

@@ -188,7 +188,7 @@ def _c6(ranks: Ranks, precision: str) -> Judged:
     if found["whole"] == found["elements"] and found["elements"]:
         return HOLDS, figure, "", None
     missing = ", ".join(found["missing"]) if found["whole"] else "any of the weights"
-    return DOES_NOT, figure, f"not there whole: {missing}; {len(found['files'])} files hold parts", 23
+    return DOES_NOT, figure, f"not there whole: {missing}; {len(found['files'])} files hold parts", 24
 
 
 def _c7(ranks: Ranks, precision: str) -> Judged:
@@ -207,8 +207,8 @@ def _c7(ranks: Ranks, precision: str) -> Judged:
     refused = "; ".join(f"{', '.join(targets)} ({why})" for why, targets in bad.items())
     opens = [f"{one['kind']}, {one['target']}" for one in others if one in good]
     if opens and not any(one["kind"] == SAME and one not in good for one in tries):
-        return HOLDS_IF, figure, f"it is opened in {' or '.join(opens)}; not in {refused}", 24
-    return DOES_NOT, figure, f"not in {refused}", 24
+        return HOLDS_IF, figure, f"it is opened in {' or '.join(opens)}; not in {refused}", 25
+    return DOES_NOT, figure, f"not in {refused}", 25
 
 
 def _exact(one: dict[str, Any]) -> bool:
@@ -226,8 +226,8 @@ def _c8(ranks: Ranks, precision: str) -> Judged:
     said = "; ".join(f"{way}: {found}" for way, found in ways.items() if found != "exact")
     if opens:
         figure += f"; {opens[0]}: bit for bit"
-        return HOLDS_IF, figure, f"{' or '.join(opens)} is used instead, with config.json beside it; {said}", 25
-    return DOES_NOT, figure, said, 25
+        return HOLDS_IF, figure, f"{' or '.join(opens)} is used instead, with config.json beside it; {said}", 26
+    return DOES_NOT, figure, said, 26
 
 
 def _c9(ranks: Ranks, precision: str) -> Judged:
