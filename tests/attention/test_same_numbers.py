@@ -23,7 +23,7 @@ def _layouts(rank: int, family: str, kind: str) -> dict[str, float]:
     reference = tiny.model(family)
     # transformers' gpt-oss (5.23) makes its masks without positions, so packed documents see each other; Llama 4 scales
     # queries by places in the row
-    leaks = family == "gpt_oss" and kind == "packed" or family == "llama4"
+    leaks = (family == "gpt_oss" and kind == "packed") or family == "llama4"
     expected = tiny.alone(reference, data) if leaks else tiny.forward(reference, data)
     tiny.loss(expected, data).backward()
     whole = _gradients(reference)

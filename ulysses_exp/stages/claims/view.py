@@ -47,7 +47,7 @@ def tables(stage: Mapping[str, Any], arrow: str) -> list[Shown]:
     for column in table.columns[1:]:
         column.justify = "left"
     table.columns[-1].no_wrap = False
-    remarks = []
+    remarks: dict[str, list[str]] = {}  # the claims, by what is remarked
     for claim in CLAIMS:
         entry = stage.get(claim.key) or {}
         for which, label in zip(SIDES, (f"{claim.key} {claim.short}", ""), strict=True):
@@ -56,5 +56,5 @@ def tables(stage: Mapping[str, Any], arrow: str) -> list[Shown]:
             table.add_row(label, which, Text(verdict, style=_STYLE.get(verdict, "")), str(side.get("figure", "-")))
             if side.get("why"):
                 finding = f" (docs/findings.md, {side['finding']})" if side.get("finding") else ""
-                remarks.append(f"{claim.key} {which} {verdict}: {side['why']}{finding}")
-    return [(table, remarks)]
+                remarks.setdefault(f"{which} {verdict}: {side['why']}{finding}", []).append(claim.key)
+    return [(table, [f"{', '.join(keys)} {remark}" for remark, keys in remarks.items()])]

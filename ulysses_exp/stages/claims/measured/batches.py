@@ -19,6 +19,7 @@ class Batch:
     input_ids: Tensor
     position_ids: Tensor | None = None
     mask: Tensor | None = None
+    documents: tuple[int, ...] = ()  # lengths of those that share a row; none: a row is one
 
     def inputs(self, part: slice = slice(None), device: torch.device | str = "cpu") -> dict[str, Tensor]:
         """Arguments of the model's forward, at `part` of the tokens."""
@@ -58,7 +59,7 @@ def batches(vocabulary: int, rank: int, seq_len: int, registered: int) -> list[B
         Batch(LEFT, ids(rows, length, 4), (left.cumsum(1) - 1).masked_fill(left == 0, 1), left),
         Batch(RIGHT, ids(rows, length, 5), positions(rows, length), right),
         # a row of documents end to end, told apart by positions that restart
-        Batch("packed", ids(1, length, 6), positions(1, half, length - half)),
+        Batch("packed", ids(1, length, 6), positions(1, half, length - half), None, (half, length - half)),
     ]
 
 

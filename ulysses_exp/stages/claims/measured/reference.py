@@ -44,14 +44,19 @@ def reference(config: Config, rank: int, gradient: bool) -> Reference:
     rows = samples(vocabulary, train.seq_len)
     model.eval()
     with torch.no_grad():
-        logits, row_logits = (
-            [model(**batch.inputs(), use_cache=False).logits.float() for batch in asked] for asked in (own, rows)
-        )
-        common_logits = model(**shared.inputs(), use_cache=False).logits.float()
-    found = (
-        _gradient(model, [draw(config, corpus, "train", i) for i in range(train.global_batch_size)]) if gradient else {}
-    )
+        logits, row_logits = ([_logits(model, batch) for batch in asked] for asked in (own, rows))
+        common_logits = _logits(model, shared)
+    step = [draw(config, corpus, "train", i) for i in range(train.global_batch_size)]
+    found = _gradient(model, step) if gradient else {}
     return Reference(corpus, own, logits, shared, common_logits, rows, row_logits, found)
+
+
+def _logits(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """In fp32. Documents that share a row each by itself: transformers' eager attention lets them see each other."""
+    if batch.documents:
+        parts = batch.input_ids.split(batch.documents, dim=1)
+        return torch.cat([model(input_ids=part, use_cache=False).logits.float() for part in parts], dim=1)
+    return model(**batch.inputs(), use_cache=False).logits.float()
 
 
 def _gradient(model: PreTrainedModel, sequences: list[Sequence]) -> dict[str, Tensor]:
