@@ -43,6 +43,14 @@ VARIANTS: dict[str, list[str]] = {
     "sliding window": ["model=tiny_mistral_window", "model.architecture.sliding_window=24"],
     "gemma 3, local and global layers": ["model=tiny_gemma3", "model.architecture.sliding_window=24"],
     "qwen 3": ["model=tiny_qwen3"],
+    "gpt-oss, sinks": ["model=tiny_gpt_oss", "model.architecture.sliding_window=24"],
+    "gemma 2, soft cap": ["model=tiny_gemma2", "model.architecture.sliding_window=24"],
+    # its normalised values double a rounding error each step, in one process too (sp1-dp2 against sp1-dp1)
+    "gemma 4, two head sizes": ["model=tiny_gemma4", "model.architecture.sliding_window=24", "parity.tolerance=2e-5"],
+    "llama 4, chunks": ["model=tiny_llama4", "model.architecture.attention_chunk_size=24"],
+    "deepseek v3, latent": ["model=tiny_deepseek_v3"],
+    "gpt-2": ["model=tiny_gpt2"],
+    "9 heads on 3 KV heads": ["model=tiny_llama_uneven"],
     "one micro step": ["train.global_batch_size=4", "train.micro_batch_size=MAX"],
     "clipping": ["optim.grad_clip=0.5"],
     # from 512 tokens on the backward works in blocks of 128 (attention/kernels/cpu_blocks.py); the last has 16 here
@@ -162,7 +170,8 @@ def markdown(report: dict[str, Any]) -> str:
         "sp x dp <= 4; ZeRO 0 to 3; at ZeRO 3 every tensor is gathered and released, small ones too, but in the last",
         f"variant), exchange {report['exchange']}; {report['versions']}.",
         "Largest relative difference over layouts and steps.",
-        "With SGD every figure is held to 1e-6. With AdamW the losses are, to 1e-5: its update g / sqrt(v) turns the",
+        "With SGD every figure is held to 1e-6, Gemma 4's to 2e-5 (one process with other sums differs as much)."
+        " With AdamW the losses are, to 1e-5: its update g / sqrt(v) turns the",
         "rounding of a gradient that is nearly zero into a step of the full rate, in the parameter named last.",
         "",
         "| optimizer | variant | cells that hold | loss | gradient norm | weights | worst layout, parameter |",
@@ -171,7 +180,7 @@ def markdown(report: dict[str, Any]) -> str:
     for optimizer, variant in dict.fromkeys((c["optimizer"], c["variant"]) for c in report["cells"]):
         rows = [c for c in report["cells"] if (c["optimizer"], c["variant"]) == (optimizer, variant)]
         done = [c for c in rows if "max_rel_loss_diff" in c]
-        good = [c for c in done if (largest(c) <= 1e-6 if optimizer == "sgd" else c["max_rel_loss_diff"] <= 1e-5)]
+        good = [c for c in done if (c["status"] == "ok" if optimizer == "sgd" else c["max_rel_loss_diff"] <= 1e-5)]
         worst = max(done, key=largest)
         place = max(worst["rows"], key=lambda row: row["weight"])["parameter"]
         keys = ("max_rel_loss_diff", "max_rel_grad_norm_diff", "max_rel_weight_diff")
