@@ -42,7 +42,9 @@ def job(*overrides: str) -> Config:
 def parts(config: Config) -> dict[str, float]:
     """Bytes that a rank of each part of the job needs, by the formulas; `tests/plan` holds these against plans."""
     of = footprint.shape(config)
-    assert of is not None
+    if of is None:  # of a family that is not counted
+        assert config.model.name.startswith("tiny")
+        return {}
     needs = {name: footprint.training(config.at(Layout.parse(name)), of) for name in config.reload.layouts or ()}
     needs["train"] = footprint.training(config, of)
     if config.eval.mode in ("both", "bypass"):
@@ -90,11 +92,10 @@ def test_a_sequence_that_one_rank_cannot_hold_is_evaluated_with_sequence_paralle
     assert all(size <= H100.budget for size in parts(config).values()), parts(config)
 
 
-def test_documents_make_a_mask_of_the_square_of_the_length_where_attention_is_bypassed(gpus):
+def test_documents_need_no_mask_where_attention_is_bypassed(gpus):
     gpus(8)
-    assert job(*LONG, "train.seq_len=131072", "memory=alst").eval.mode == "both"
     assert job(*LONG, "train.seq_len=262144", "memory=alst").eval.mode == "both"
-    assert job(*LONG, "train.seq_len=262144", "memory=alst", "data=packed").eval.mode == "sp"
+    assert job(*LONG, "train.seq_len=262144", "memory=alst", "data=packed").eval.mode == "both"
 
 
 @pytest.mark.parametrize(

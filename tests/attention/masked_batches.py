@@ -171,12 +171,16 @@ def forward(network: PreTrainedModel, data: Batch, part: slice = slice(None), ma
 
 
 def alone(network: PreTrainedModel, data: Batch) -> Tensor:
-    """Logits as of `forward`, each document in a batch of its own."""
+    """Logits as of `forward`, each document in a batch of its own; zero at padding."""
     rows = []
-    for ids, positions in zip(data.input_ids, data.position_ids, strict=True):
-        lengths = [len(part) for part in positions.tensor_split((positions == 0).nonzero().flatten().tolist()[1:])]
-        parts = zip(ids.split(lengths), positions.split(lengths), strict=True)
-        rows.append(torch.cat([forward(network, Batch(i[None], p[None]))[0] for i, p in parts]))
+    for b, (ids, positions) in enumerate(zip(data.input_ids, data.position_ids, strict=True)):
+        real = torch.ones_like(ids) if data.mask is None else data.mask[b]
+        parts, starts = [], torch.ones(len(ids), dtype=torch.bool)
+        starts[1:] = (real[1:] != real[:-1]) | ((positions[1:] != positions[:-1] + 1) & (real[1:] == 1))
+        for part in torch.arange(len(ids)).tensor_split(starts.nonzero().flatten().tolist()[1:]):
+            whole = forward(network, Batch(ids[part][None], torch.arange(len(part))[None]))[0]
+            parts.append(whole * real[part, None])
+        rows.append(torch.cat(parts))
     return torch.stack(rows)
 
 

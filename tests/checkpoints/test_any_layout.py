@@ -7,7 +7,9 @@ import resource
 import signal
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import deepspeed
@@ -20,7 +22,7 @@ from tiny_engine import Recipe, engine, steps
 
 from ulysses_exp.layout import Layout
 from ulysses_exp.rank import checkpoints
-from ulysses_exp.rank.checkpoints import streaming
+from ulysses_exp.rank.checkpoints import homes, streaming
 from ulysses_exp.rank.checkpoints.digest import digest, digest_where_it_lies, to_hex
 from ulysses_exp.rank.checkpoints.fingerprints import module_digests
 
@@ -79,6 +81,31 @@ def test_any_layout_goes_on(name: str, tmp_path: Path) -> None:
             # bf16: another layout adds in another order, and the forward pass keeps 8 bits of what comes of it
             tolerance = 0 if layout == source else 2e-4 if recipe.bf16 else 1e-6
             assert result["after"] == pytest.approx(saved["after"], rel=tolerance, abs=0), layout
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_states_of_a_fused_optimizer_open_in_one_that_is_not_and_back(tmp_path: Path, offload: bool) -> None:
+    source = Layout(2, 1, 2)
+    targets = [source, Layout(1, 2, 3), Layout(2, 1, 1 if offload else 0)]
+    for fused in (True, False):
+        recipe, folder = Recipe(bf16=True, offload=offload, fused=fused), tmp_path / str(fused) / "step3"
+        saved = run(2, train_and_save, folder, source, recipe)[0]
+        for result in run(2, load_and_train, folder, targets, replace(recipe, fused=not fused))[0]:
+            assert result["loaded"].weights_bit_exact and result["loaded"].optimizer_bit_exact
+            assert result["after"] == pytest.approx(saved["after"], rel=2e-4)
+
+
+def test_a_fused_optimizer_has_its_count_of_steps_where_its_weights_are() -> None:
+    """On a device that is not the host; of torch's own, without DeepSpeed."""
+    module = torch.nn.Linear(2, 2, device="meta")
+    for fused in (True, False):
+        optimizer = torch.optim.AdamW(module.parameters(), fused=False)
+        optimizer.param_groups[0]["fused"] = fused  # which torch refuses to make on this device
+        engine = SimpleNamespace(module=module, optimizer=optimizer, basic_optimizer=optimizer)
+        homes.prepare_states(
+            engine, {n: {"exp_avg"} for n in ("weight", "bias")}, {n: {"step": 3.0} for n in ("weight", "bias")}
+        )
+        assert [state["step"].device.type for state in optimizer.state.values()] == ["meta" if fused else "cpu"] * 2
 
 
 @pytest.mark.parametrize(

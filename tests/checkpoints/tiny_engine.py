@@ -14,6 +14,7 @@ from deepspeed.runtime.sequence_parallel import parallel_state_sp
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ulysses_exp.layout import Layout
+from ulysses_exp.rank import mixed_precision, upstream
 
 TOKENS, BATCH = 16, 4
 
@@ -26,6 +27,7 @@ class Recipe:
     bf16: bool = False
     tied: bool = False
     offload: bool = False
+    fused: bool = False  # AdamW
     hidden: int = 32
     layers: int = 2
     vocabulary: int = 64
@@ -45,7 +47,9 @@ def engine(layout: Layout, recipe: Recipe = Recipe(), seed: int = 0) -> Iterator
     if recipe.bf16:
         model.to(torch.bfloat16)
     if recipe.optimizer == "adamw":
-        optimizer: torch.optim.Optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
+        optimizer: torch.optim.Optimizer = torch.optim.AdamW(
+            model.parameters(), lr=1e-2, weight_decay=0.1, fused=recipe.fused
+        )
     else:
         momentum = 0.9 if recipe.optimizer == "momentum" else 0.0
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-1, momentum=momentum, weight_decay=0.1)
@@ -64,15 +68,20 @@ def engine(layout: Layout, recipe: Recipe = Recipe(), seed: int = 0) -> Iterator
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 1 << 30,
     }
+    if recipe.bf16:
+        config |= mixed_precision.entries(layout.zero)
     if layout.sp > 1:
         parallel_state_sp.initialize_sequence_parallel(layout.sp)
-    made, *_ = deepspeed.initialize(
-        model=model,
-        optimizer=optimizer,
-        lr_scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step)),
-        config=config,
-        mpu=parallel_state_sp if layout.sp > 1 else None,
-    )
+    with upstream.stage_1_like_the_others():
+        made, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=optimizer,
+            lr_scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step)),
+            config=config,
+            mpu=parallel_state_sp if layout.sp > 1 else None,
+        )
+    if recipe.bf16 and not layout.zero:
+        mixed_precision.accumulate(made)
     try:
         yield made
     finally:

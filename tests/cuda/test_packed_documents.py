@@ -6,7 +6,7 @@ import time
 
 import torch
 
-from ulysses_exp.model.attention.core import sdpa
+from ulysses_exp.model.attention import core
 from ulysses_exp.model.attention.documents import Documents, Segment
 
 TOKENS = 32_768
@@ -19,7 +19,7 @@ def seconds(documents: int) -> float:
     found = []
     for _ in range(3):
         q, k, v = (torch.randn(1, heads, TOKENS, 32, dtype=torch.bfloat16, requires_grad=True) for heads in (2, 1, 1))
-        out = sdpa(q, k, v, Documents(1, TOKENS, (row,)))
+        out = core.torchs(q, k, v, core.Plan(Documents(1, TOKENS, (row,))), core.Scores())
         began = time.perf_counter()
         out.sum().backward()
         found.append(time.perf_counter() - began)

@@ -143,7 +143,7 @@ ODD: dict[str, Callable[[Path], None]] = {
     "empty-config": content(CONFIG, b""),
     "model-is-a-text": content(CONFIG, b"model: x\ntrain: 5\n"),
     "cells-null": with_stage("reload", {"status": "ok", "cells": None}),
-    "unknown-stage": with_stage("claims", {"status": "ok", "C1": [object.__name__]}),
+    "unknown-stage": with_stage("theirs", {"status": "ok", "C1": [object.__name__]}),
     "secret-in-an-interpolation": content(CONFIG, b"train: {seq_len: 4096}\ndata: {name: '${oc.env:HOME}'}\n"),
 }
 

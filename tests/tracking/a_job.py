@@ -33,6 +33,14 @@ RESULTS = {
                  "weights_bit_exact": True, "optimizer_bit_exact": True, "continuation_max_abs_loss_diff": 0.0},
             ],
         },
+        "claims": {
+            "status": "ok",
+            "C6": {"claim": "save_checkpoint() writes the full weights.",
+                   "upstream": {"verdict": "holds if", "figure": "0%", "cells": {
+                       "sp2-dp1-z0": {"verdict": "holds", "figure": "100%"},
+                       "sp2-dp1-z3": {"verdict": "does not hold", "figure": "0%", "why": "in parts", "finding": 23}}},
+                   "here": {"verdict": "holds", "figure": "100%", "cells": {}}},
+        },
     },
 }  # fmt: skip
 

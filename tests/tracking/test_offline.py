@@ -52,6 +52,9 @@ def test_run_is_grouped_tagged_configured_and_summarised(finished):
     assert summary["train/loss"] == {"min": 1, "last": 3}
     assert summary["memory/peak_bytes_max"]["max"] == 3.9
     assert summary["reload"]["nrows"] == 1
+    assert summary["claims"]["nrows"] == 2, "a row a side and layout"
+    assert summary["results/claims/C6/upstream/verdict"] == "holds if"
+    assert not [key for key in summary if "/cells/" in key]
 
 
 def test_nothing_secret_is_written(finished):

@@ -33,7 +33,6 @@ class Shape:
     intermediate: int
     attention: int  # of q, k and v of a token
     vocabulary: int
-    windowed: bool  # some layers see a window
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,6 @@ def shape(config: Config) -> Shape | None:
         intermediate=inner_of_experts * routed,
         attention=attention,
         vocabulary=vocabulary,
-        windowed=_windowed(known),
     )
 
 
@@ -79,10 +77,6 @@ def _experts(known: dict[str, Any]) -> tuple[int, int]:
     """(experts of a layer, those that a token goes to)."""
     number = next((known[name] for name in ("num_local_experts", "num_experts") if known.get(name)), 1)
     return int(number), int(known.get("num_experts_per_tok") or 1) if number > 1 else 1
-
-
-def _windowed(known: dict[str, Any]) -> bool:
-    return bool(known.get("sliding_window")) and known.get("use_sliding_window", True) is not False
 
 
 def training(config: Config, of: Shape) -> Need:
@@ -107,13 +101,11 @@ def bypassed_evaluation(config: Config, of: Shape) -> Need:
     inner = 3 * of.intermediate / (tiles_of(memory.tiled_mlp, tokens) if memory.tiled_mlp else 1)
     layer = tokens * itemsize * (12 * of.hidden + of.attention + inner)
     states = 2 * tokens * itemsize * of.hidden
-    # transformers makes a mask of n x n where a token does not simply see all before it
-    mask = tokens**2 if of.windowed or config.data.name == "packed" or config.data.padding != "none" else 0
     compared = 3 * min(_LOGITS, 4 * tokens * of.vocabulary) if config.eval.mode == "both" else 0
     gathered = itemsize * min(of.parameters, _LIVE) if config.zero.stage == 3 else 0
     held = _held(config, of, gradients=False)
     buffers = 4 * min(of.parameters, _BUCKET) if config.zero.stage == 3 else 0
-    return Need(held + logits + mask, held + buffers + gathered + max(logits, compared, layer - states) + states + mask)
+    return Need(held + logits, held + buffers + gathered + max(logits, compared, layer - states) + states)
 
 
 def _itemsize(config: Config) -> int:
@@ -129,7 +121,7 @@ def _held(config: Config, of: Shape, gradients: bool = True) -> float:
     states = 0.0 if zero.offload_optimizer else (masters + _moments(config)) * own
     if not gradients or (zero.offload_optimizer and zero.stage > 1):
         return weights + states
-    return weights + states + itemsize * (own if zero.stage > 1 else of.parameters)
+    return weights + states + 4 * (own if zero.stage > 1 else of.parameters)  # in fp32 in bf16 too
 
 
 def _moments(config: Config) -> int:
@@ -138,13 +130,11 @@ def _moments(config: Config) -> int:
 
 
 def _temporaries(config: Config, of: Shape) -> float:
-    """What the optimizer takes while it steps: fp32 gradients, and copies that torch's `foreach` AdamW makes."""
-    if config.zero.offload_optimizer:
+    """What the optimizer takes while it steps: a flat copy of its part of the gradients. A fused one makes no other."""
+    if config.zero.offload_optimizer or config.zero.stage == 0:
         return 0
-    if config.zero.stage == 0:
-        return (2 if _itemsize(config) == 4 else 6) * of.parameters
     own = of.parameters / config.layout.world
-    return (4 + _moments(config)) * (min(own, _SUB_GROUP) if config.zero.stage == 3 else own)
+    return 4 * (min(own, _SUB_GROUP) if config.zero.stage == 3 else own)
 
 
 def _activations(config: Config, of: Shape) -> float:

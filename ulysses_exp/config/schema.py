@@ -143,7 +143,12 @@ class ReloadConfig:
 class ParityConfig:
     steps: int = 3
     reference: str = "sp1-dp1-z0"  # one process; sp1-dp1-z3 with zero.offload_* where the model needs host memory
-    tolerance: float | None = None  # relative; null: 1e-6 in fp32 with SGD (stages/parity/comparison.py)
+    tolerance: float | None = None  # relative; null: 1e-6 in fp32 with SGD, by noise in bf16 (parity/comparison.py)
+
+
+@dataclass
+class ClaimsConfig:
+    layouts: list[str] | None = None  # where each claim is measured; null: sp 1, 2 and 4 at ZeRO 0 to 3
 
 
 @dataclass
@@ -203,6 +208,7 @@ class Config:
     reload: ReloadConfig = field(default_factory=ReloadConfig)
     parity: ParityConfig = field(default_factory=ParityConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
+    claims: ClaimsConfig = field(default_factory=ClaimsConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)

@@ -18,7 +18,7 @@ from typing import Any
 from ulysses_exp.config.errors import ConfigError, nearest
 
 #: In the order of `--help` and of a summary. Each is `ulysses_exp.stages.<name>:STAGE`.
-OWN = ("train", "eval", "reload", "parity", "plan")
+OWN = ("train", "eval", "reload", "parity", "plan", "claims")
 
 #: Where packages register stages of their own, `name = "module:stage"` in their pyproject.toml
 GROUP = "ulysses_exp.stages"
@@ -35,6 +35,7 @@ class Work:
     function: str
     doing: str  # for the user, e.g. "evaluating"
     needed: bool = False  # where its result's status is not ok, the rest of the task is left out
+    session: bool = True  # False: it gets the task and its rank instead, in a process group, and builds what it needs
 
 
 @dataclass(frozen=True)

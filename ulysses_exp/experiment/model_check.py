@@ -19,7 +19,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from ulysses_exp.config import Config, ConfigError, check_objective, model_rules, nearest, stages
+from ulysses_exp.config import Config, ConfigError, check_objective, model_rules, nearest, stages, tried
 from ulysses_exp.config.paths import CONF
 from ulysses_exp.layout import Layout
 
@@ -139,8 +139,17 @@ def _check_sharding(config: Config, text: dict[str, Any], kind: str, mixing: lis
         if layout.sp == 1:
             continue
         why = model_rules.why_not_sharded(kind, text.get("layer_types"), mixing)
+        why = why or _why_not_in_slices(config, kind, text)
         if why is not None:
             raise ConfigError(key, why, "set sp.size=1" if key == "sp.size" else "name layouts with sp1 only")
+
+
+def _why_not_in_slices(config: Config, kind: str, text: dict[str, Any]) -> str | None:
+    """What a tiny copy of the model shows, where nobody knows whether slices of sequences give the right numbers."""
+    if tried.right(kind, text):
+        return None
+    found = ask("slices", path=config.model.name_or_path, given=config.model.architecture)
+    return None if found is None else found.get("why")
 
 
 def _check_attention(config: Config) -> None:
@@ -214,9 +223,10 @@ def _shipped(name: str) -> dict[str, Any] | None:
 
 
 class _Reader:
-    """The process that reads, started when it is first asked."""
+    """A process that reads, `module`, started when it is first asked."""
 
-    def __init__(self) -> None:
+    def __init__(self, module: str) -> None:
+        self._module = module
         self._process: subprocess.Popen[str] | None = None
 
     def ask(self, request: str, patience_s: float) -> dict[str, Any] | None:
@@ -249,7 +259,7 @@ class _Reader:
             "TOKENIZERS_PARALLELISM": "false",
         }
         return subprocess.Popen(
-            [sys.executable, "-P", "-m", "ulysses_exp.model.reader"],
+            [sys.executable, "-P", "-m", self._module],
             env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
         )  # fmt: skip
 
@@ -264,21 +274,26 @@ class _Reader:
                     stream.close()
 
 
-_reader = _Reader()
-atexit.register(_reader.close)
+_reader = _Reader("ulysses_exp.model.reader")
+_trier = _Reader("ulysses_exp.model.outside_attention")  # with torch: some seconds, for models that nobody has tried
 _answers: dict[str, dict[str, Any] | None] = {}
 
 
 def ask(work: str, **arguments: Any) -> dict[str, Any] | None:
-    """The answer of `model_reader` to a request, asked once; None where there is none."""
+    """The answer of a reader to a request, asked once; None where there is none."""
     request = json.dumps({"work": work, **arguments}, sort_keys=True, default=str)
     if request not in _answers:
         path = arguments.get("path")
         here = path is None or Path(path).expanduser().exists()
-        _answers[request] = _reader.ask(request, _HERE_S if here else _HUB_S)
+        reader = _trier if work == "slices" else _reader
+        _answers[request] = reader.ask(request, _HERE_S if here else _HUB_S)
     return _answers[request]
 
 
 def close() -> None:
-    """Lets the reader go. It starts again if it is asked again."""
+    """Lets the readers go. They start again if they are asked again."""
     _reader.close()
+    _trier.close()
+
+
+atexit.register(close)

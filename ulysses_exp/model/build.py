@@ -35,13 +35,10 @@ def pretrained_config(config: Config) -> PretrainedConfig:
 
 
 def build(config: Config, seed: int | None = None, rank: int = 0) -> PreTrainedModel:
-    """The model in host memory, its parameters in the type that it trains in; on rank 0 with its weights.
+    """The model in host memory, in fp32; on rank 0 with its weights.
 
     The other ranks get theirs from rank 0 with the engine (`rank.engine.build_engine`). Until then they are memory that
     nothing has been written to, of which the system gives none: a node holds a model once, not once a rank.
-
-    Buffers stay as transformers makes them: a rotary embedding's frequencies in bf16 would turn the tokens of a long
-    sequence by wrong angles.
 
     Args:
         seed: for random weights; null takes the configuration's.
@@ -52,10 +49,6 @@ def build(config: Config, seed: int | None = None, rank: int = 0) -> PreTrainedM
         model = _built(config, with_weights=rank == 0)
     if rank:
         model.tie_weights(recompute_mapping=False)
-    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-    for parameter in model.parameters():
-        if parameter.dtype != dtype:
-            parameter.data = parameter.data.to(dtype) if rank == 0 else torch.empty_like(parameter.data, dtype=dtype)
     model.train()
     torch.manual_seed(seed)  # rank 0 has drawn the weights, the others have not
     return model

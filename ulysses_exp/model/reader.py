@@ -14,7 +14,7 @@ import os
 import re
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -25,17 +25,22 @@ _REACHABLE_WITHIN_S = 1.5
 
 
 def main() -> None:
-    """Answers requests on stdin until there are no more."""
+    """Reads without torch."""
+    sys.modules["torch"] = None  # type: ignore[assignment]
+    answer(WORK)
+
+
+def answer(work: Mapping[str, Callable[..., dict[str, Any]]]) -> None:
+    """Answers requests on stdin, by the functions of `work`, until there are no more."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is no answer
-    sys.modules["torch"] = None  # type: ignore[assignment]
     for line in sys.stdin:
         request = json.loads(line)
         try:
-            answer = WORK[request.pop("work")](**request)
+            found = work[request.pop("work")](**request)
         except Exception as error:  # whatever transformers finds wrong with what it was given
-            answer = {"error": _reason(error)}
-        print(json.dumps(answer, default=str), file=answers, flush=True)
+            found = {"error": _reason(error)}
+        print(json.dumps(found, default=str), file=answers, flush=True)
 
 
 def read_model(path: str | None, given: dict[str, Any]) -> dict[str, Any]:
@@ -47,7 +52,7 @@ def read_model(path: str | None, given: dict[str, Any]) -> dict[str, Any]:
         `defaults` of the type; and, where these do not end it: `text`, the settings of the part that reads text;
         `names`, what those are called that have a common name, too; `whole`, the settings of all of the model.
     """
-    from transformers import AutoConfig, PreTrainedConfig
+    from transformers import PreTrainedConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -73,11 +78,7 @@ def read_model(path: str | None, given: dict[str, Any]) -> dict[str, Any]:
         }
         if of_type["unknown"] or not of_type["causal_lm"]:
             return of_type
-    if path is None:
-        arguments = dict(given)
-        config = AutoConfig.for_model(arguments.pop("model_type"), **arguments)
-    else:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False, **given, **_hub_options(path))
+    config = configuration(path, given)
     text = config.get_text_config(decoder=True)
     settings, names = text.to_dict(), dict(type(text).attribute_map)
     settings |= {common: settings[real] for common, real in names.items() if real in settings}
@@ -97,6 +98,16 @@ def read_model(path: str | None, given: dict[str, Any]) -> dict[str, Any]:
         "activations": _activations(),
         "mixing": _mixing(config.model_type),
     }
+
+
+def configuration(path: str | None, given: dict[str, Any]) -> Any:
+    """transformers' configuration of the model in `path`, or of the type that `given` names, with `given` in it."""
+    from transformers import AutoConfig
+
+    if path is None:
+        arguments = dict(given)
+        return AutoConfig.for_model(arguments.pop("model_type"), **arguments)
+    return AutoConfig.from_pretrained(path, trust_remote_code=False, **given, **_hub_options(path))
 
 
 def _unknown(kind: type, given: dict[str, Any]) -> list[list[Any]]:

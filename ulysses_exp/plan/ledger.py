@@ -29,6 +29,7 @@ _BY_FILE = (
     ("/transformers/", "activations"),
     ("/ulysses_exp/model/build", "parameters"),
     ("/ulysses_exp/rank/engine", "activations"),
+    ("/ulysses_exp/rank/mixed_precision", "parameters"),
     ("/ulysses_exp/rank/step", "activations"),
     ("/ulysses_exp/model/memory/tile_gradients", "gradients"),
 )

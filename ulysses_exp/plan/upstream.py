@@ -8,6 +8,7 @@ Each is a symptom under fake tensors and a fake process group, not a defect in a
 - transformers takes fake tensors for a graph being traced, leaves positions unread and makes a mask of all pairs of
   tokens (masking_utils.find_packed_sequence_indices).
 - DeepSpeed's own exchange is an operator (deepspeed::dim_zero_all_to_all) that on fake tensors sends nothing.
+- Whether weights lose bits in bf16 cannot be seen; random ones do.
 - DeepSpeed makes the sequence-parallel groups of all ranks, and each takes torch as long as there are ranks.
 """
 
@@ -24,6 +25,8 @@ from deepspeed.runtime.sequence_parallel import ulysses_sp
 from deepspeed.runtime.zero import partitioned_param_coordinator
 from torch import Tensor
 from transformers import masking_utils
+
+from ulysses_exp.rank import mixed_precision
 
 
 def _apply(self: torch.nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> torch.nn.Module:
@@ -81,5 +84,6 @@ def told() -> Iterator[None]:
         patch.object(masking_utils, "is_tracing", lambda tensor=None: False),
         patch.object(ulysses_sp, "_dim_zero_all_to_all", _exchange),
         patch.object(partitioned_param_coordinator, "assert_ints_same_as_other_ranks", lambda ints: None),
+        patch.object(mixed_precision, "loses_bits", lambda full, low: True),
     ):
         yield

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, get_scheduler
 
 from ulysses_exp.config import Config
 from ulysses_exp.config.deepspeed_rules import merged
+from ulysses_exp.rank import mixed_precision, upstream
 
 
 def deepspeed_config(config: Config, parameters: int) -> dict[str, Any]:
@@ -43,16 +44,27 @@ def deepspeed_config(config: Config, parameters: int) -> dict[str, Any]:
         "zero_force_ds_cpu_optimizer": False,  # torch's AdamW also with offload: no operator to compile
         "steps_per_print": 1 << 30,
     }
+    if config.train.precision == "bf16":
+        told |= mixed_precision.entries(config.zero.stage)
     return merged(told, config)
 
 
 def optimizer(config: Config, model: PreTrainedModel) -> torch.optim.Optimizer:
-    """torch's own, over all parameters in one group."""
+    """torch's own, over all parameters in one group.
+
+    AdamW is fused: its other variants make temporaries of twice the masters' size on a GPU, and take four to eight
+    times as long in host memory.
+    """
     o = config.optim
     if o.name == "sgd":
         return torch.optim.SGD(model.parameters(), lr=o.lr, momentum=o.momentum, weight_decay=o.weight_decay)
     return torch.optim.AdamW(
-        model.parameters(), lr=o.lr, betas=(o.beta1, o.beta2), eps=o.eps, weight_decay=o.weight_decay
+        model.parameters(),
+        lr=o.lr,
+        betas=(o.beta1, o.beta2),
+        eps=o.eps,
+        weight_decay=o.weight_decay,
+        fused=True,
     )
 
 
@@ -65,8 +77,10 @@ def _schedule(config: Config) -> str:
 def build_engine(config: Config, model: PreTrainedModel, mpu: Any) -> deepspeed.DeepSpeedEngine:
     """Wraps `model` in DeepSpeed with the configured optimizer and schedule; `mpu` is None where sp is 1.
 
-    Every rank has rank 0's weights afterwards: DeepSpeed sends them, or under ZeRO 3 each rank's part of them.
+    `model` is in fp32. Every rank has rank 0's weights afterwards: DeepSpeed sends them, or under ZeRO 3 each rank's
+    part of them.
     """
+    full = mixed_precision.lower(model) if config.train.precision == "bf16" else {}
     steps = optimizer(config, model)
     schedule = get_scheduler(_schedule(config), steps, config.optim.warmup_steps, config.train.steps)
     told = deepspeed_config(config, sum(p.numel() for p in model.parameters()))
@@ -74,12 +88,16 @@ def build_engine(config: Config, model: PreTrainedModel, mpu: Any) -> deepspeed.
         _hook_small_layers_once(model, config.zero.param_persistence_threshold)
         # one parameter after the other: left to the engine, the whole model would be on the device first
         deepspeed.zero.Init(module=model, config_dict_or_path=told, mpu=mpu)
-    engine, *_ = deepspeed.initialize(model=model, optimizer=steps, lr_scheduler=schedule, config=told, mpu=mpu)
+    with upstream.stage_1_like_the_others():
+        engine, *_ = deepspeed.initialize(model=model, optimizer=steps, lr_scheduler=schedule, config=told, mpu=mpu)
     for buffer in model.buffers():  # which DeepSpeed neither sends nor, under ZeRO 3, moves
         buffer.data = buffer.data.to(engine.device)
         dist.broadcast(buffer.data, 0)
     if isinstance(engine.optimizer, FP16_UnfusedOptimizer):
         _undo_first_step(engine.optimizer)
+        mixed_precision.accumulate(engine)
+    if config.train.precision == "bf16":
+        mixed_precision.give_masters(engine, full)
     return engine
 
 

@@ -58,8 +58,10 @@ def gradients(engine: deepspeed.DeepSpeedEngine) -> list[tuple[str, torch.Tensor
             norms = optimizer.norm_for_param_grads
             keys = [(names[p], optimizer.get_param_id(p)) for group in groups for p in group]
             return [(name, torch.as_tensor(norms[key])) for name, key in keys if key in norms]
-        parts = optimizer.averaged_gradients  # those of the last rank end in padding
-        pairs = [pair for i, group in enumerate(groups) for pair in zip(group, parts[i], strict=False)]
+        pairs: list[tuple[torch.Tensor, torch.Tensor | None]] = []
+        for i, group in enumerate(groups):
+            parts = [g for g in optimizer.averaged_gradients[i] if not getattr(g, "_zero_padding", False)]
+            pairs += zip(group, parts, strict=False)  # those of the last rank end in padding
         return [(names[p], g) for p, g in pairs if g is not None and g.numel()]
     return [(name, p.grad) for p, name in names.items() if p.grad is not None and p.grad.numel()]
 

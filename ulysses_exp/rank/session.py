@@ -13,8 +13,9 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from transformers import PreTrainedModel
 
-from ulysses_exp.config import Config, device_of, lineage
+from ulysses_exp.config import Config, ConfigError, device_of, lineage, tried
 from ulysses_exp.launch import heartbeat, strict_json
 from ulysses_exp.launch.output_trouble import told
 from ulysses_exp.launch.task import Task
@@ -23,6 +24,7 @@ from ulysses_exp.model import build as models
 from ulysses_exp.model import memory as memory_savers
 from ulysses_exp.model.attention import Ulysses, ulysses
 from ulysses_exp.model.compiled import compile_layers
+from ulysses_exp.model.outside_attention import mixes_outside_attention
 from ulysses_exp.rank import checkpoints
 from ulysses_exp.rank.data import Batches, Corpus, load_corpus
 from ulysses_exp.rank.engine import build_engine
@@ -113,6 +115,7 @@ def open_session(task: Task, rank: int) -> Iterator[Session]:
         with _on_all_cores() if rank == 0 else contextlib.nullcontext():
             model = models.build(config, task.options.get("model_seed"), rank)
         _wait_for_rank_0(rank)
+        _refuse_outside_attention(config, model)
         description = models.describe(config, model.config, sum(p.numel() for p in model.parameters()))
         corpus = load_corpus(config, model.config.get_text_config().vocab_size)
         memory_savers.apply(model, config.memory)
@@ -141,6 +144,17 @@ def open_session(task: Task, rank: int) -> Iterator[Session]:
             all_to_alls=all_to_alls,
             model=description,
         )
+
+
+def _refuse_outside_attention(config: Config, model: PreTrainedModel) -> None:
+    """Raises ConfigError where slices of sequences would give other numbers, as a tiny copy of the model shows.
+
+    Of models that the parent could read it has asked already; not of those with code of their own.
+    """
+    settings = model.config.get_text_config().to_dict()
+    known = tried.right(model.config.model_type, settings) and not config.model.trust_remote_code
+    if config.sp.size > 1 and not known and (why := mixes_outside_attention(model)) is not None:
+        raise ConfigError("sp.size", why, "set sp.size=1")
 
 
 @contextlib.contextmanager

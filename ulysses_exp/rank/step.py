@@ -203,9 +203,11 @@ def _finite_norm(norm: float) -> float:
 
 
 def _unsharded_norm(session: Session) -> torch.Tensor | None:
-    """L2 norm of the reduced gradients before clipping, where they are whole on every rank and DeepSpeed reports none:
-    `engine.get_global_grad_norm()` is None at stage 0 in fp32. None elsewhere."""
-    if session.layout.zero or session.config.train.precision != "fp32":
+    """L2 norm of the reduced gradients before clipping, where they are whole on every rank; None elsewhere.
+
+    `engine.get_global_grad_norm()` at stage 0 is None in fp32, and in bf16 that of gradients cast to bf16.
+    """
+    if session.layout.zero:
         return None
     gradients = [p.grad for p in session.engine.module.parameters() if p.grad is not None]
     return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g.double()) for g in gradients]))

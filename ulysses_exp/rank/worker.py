@@ -40,13 +40,16 @@ def run(task: Task, rank: int, store: dist.Store) -> None:
             built.enter_context(process_group(task, rank, store))
             memory_snapshot.begin(task)
             heartbeat.beat("building")
-            session = built.enter_context(_session(task, rank))
-            if rank == 0:
-                _leave(task.results / "session.json", session.describe())
+            session = None
+            if any(stages.work(work).session for work in task.work):
+                session = built.enter_context(_session(task, rank))
+                if rank == 0:
+                    _leave(task.results / "session.json", session.describe())
             for work in task.work:
                 part = stages.work(work)
                 heartbeat.beat(part.doing)
-                result = stages.resolve(part.function)(session)
+                function = stages.resolve(part.function)
+                result = function(session) if part.session else function(task, rank)
                 if rank == 0:
                     _leave(task.results / f"{work}.json", result)
                 if part.needed and result["status"] != "ok":

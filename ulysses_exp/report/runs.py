@@ -24,14 +24,14 @@ _INSIDE_A_RUN = {".hydra", "checkpoints", "ranks", "wandb", "profile", "compiled
 
 #: Settings that may differ between two runs whose losses must be the same
 _NOT_PART_OF_THE_LOSS = (
-    "sp", "dp", "zero", "memory", "stages", "eval", "reload", "parity", "plan", "checkpoint", "tracker", "launch",
-    "sweep", "device", "hydra", "experiment", "optimize",
+    "sp", "dp", "zero", "memory", "stages", "eval", "reload", "parity", "plan", "claims", "checkpoint", "tracker",
+    "launch", "sweep", "device", "hydra", "experiment", "optimize",
 )  # fmt: skip
 
 #: Settings that the layout, the model or the length stand for already, or that say where and how a job ran
 _NOT_A_TRAIT = (
-    "sp.size", "dp", "zero.stage", "model", "train.seq_len", "stages", "eval", "reload", "parity", "plan", "checkpoint",
-    "tracker", "launch", "sweep", "device", "hydra", "experiment", "optimize",
+    "sp.size", "dp", "zero.stage", "model", "train.seq_len", "stages", "eval", "reload", "parity", "plan", "claims",
+    "checkpoint", "tracker", "launch", "sweep", "device", "hydra", "experiment", "optimize",
 )  # fmt: skip
 
 #: What is read of a file at most, in bytes

@@ -49,6 +49,8 @@ RELOAD_COLUMNS = (
     "continuation_max_abs_loss_diff", "seconds", "reason",
 )  # fmt: skip
 
+CLAIM_COLUMNS = ("claim", "sentence", "side", "layout", "verdict", "figure", "why", "finding")
+
 
 class Tracker:
     """The W&B run of one job: `log` its metrics, then `finish` it; an exception in its context finishes it as failed.
@@ -230,18 +232,18 @@ class Tracker:
     def _finish(self, results: dict[str, Any], failed: bool) -> None:
         for key, value in figures(results):
             self._run.summary[key] = value
-        table = _reload_table(results)
+        tables = dict(_tables(results))
         # A table goes up as an artifact, for which the client asks the server and waits: 20 s and an error if it died.
         lost = self._mode == "online" and unreachable(self._base_url, LATENCY_S) is not None
-        if table is not None and not lost:
-            self._run.log({"reload": table})
+        if tables and not lost:
+            self._run.log(tables)
         try:
             self._run.finish(exit_code=int(failed))
         except TimeoutError:
             lost = True
-        if table is not None and lost:  # a second, offline part of the same run; `wandb sync` sends both
+        if tables and lost:  # a second, offline part of the same run; `wandb sync` sends both
             with self._init("offline") as part:
-                part.log({"reload": _reload_table(results)}, step=self._run.step)
+                part.log(dict(_tables(results)), step=self._run.step)
         if lost:
             self._warn(
                 "W&B stopped answering; the run is complete on disk,"
@@ -257,13 +259,26 @@ class Tracker:
             self._on_warning(text)
 
 
-def _reload_table(results: Mapping[str, Any]) -> Any:
-    """The reload cells as a wandb.Table, None where there are none."""
+def _tables(results: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Those that have rows, by name: the cells of reload and of claims, each a wandb.Table."""
     import wandb
 
-    cells = results.get("stages", {}).get("reload", {}).get("cells", [])
-    rows = [[cell.get(column) for column in RELOAD_COLUMNS] for cell in cells]
-    return wandb.Table(columns=list(RELOAD_COLUMNS), data=rows, allow_mixed_types=True) if rows else None
+    stages = results.get("stages", {})
+    reload = [[cell.get(column) for column in RELOAD_COLUMNS] for cell in stages.get("reload", {}).get("cells", [])]
+    for name, columns, rows in (
+        ("reload", RELOAD_COLUMNS, reload),
+        ("claims", CLAIM_COLUMNS, list(_claim_cells(stages.get("claims", {})))),
+    ):
+        if rows:
+            yield name, wandb.Table(columns=list(columns), data=rows, allow_mixed_types=True)
+
+
+def _claim_cells(stage: Mapping[str, Any]) -> Iterator[list[Any]]:
+    for claim, entry in stage.items():
+        for side in ("upstream", "here") if isinstance(entry, Mapping) else ():
+            for layout, cell in entry.get(side, {}).get("cells", {}).items():
+                known = {"claim": claim, "sentence": entry.get("claim"), "side": side, "layout": layout, **cell}
+                yield [known.get(column) for column in CLAIM_COLUMNS]
 
 
 def _flat(config: Config) -> dict[str, Any]:
@@ -295,7 +310,8 @@ def figures(results: Mapping[str, Any], prefix: str = "results") -> Iterator[tup
     for key, value in results.items():
         name = prefix if key == "stages" else f"{prefix}/{key}"
         if isinstance(value, Mapping):
-            yield from figures(value, name)
+            if key != "cells":  # of claims: they have a table
+                yield from figures(value, name)
         elif isinstance(value, (bool, str)) or _is_number(value):
             yield name, value
 

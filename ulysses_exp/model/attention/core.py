@@ -7,10 +7,12 @@ other and sliding windows are ignored, under `flex_attention` the mask is rebuil
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from ulysses_exp.model.attention.documents import Documents
 from ulysses_exp.model.attention.kernels import cpu, cpu_blocks, flash, flex, recomputed, torch_gpu
@@ -38,6 +40,24 @@ class Plan:
             return self
         plan: Plan = self.once(("chunks", size), lambda: Plan(self.documents.chunked(size)))
         return plan
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a forward runs: over slices, over whole sequences, or as transformers does it."""
+
+    plan: Plan | None  # None: as transformers does it
+    group: ProcessGroup | None = None  # whose ranks share the sequences; None: each rank has whole ones
+
+    @property
+    def shared(self) -> bool:
+        """Over slices."""
+        return self.group is not None
+
+    @property
+    def untouched(self) -> bool:
+        """What runs over whole sequences without documents is what transformers runs."""
+        return self.plan is None or (self.group is None and self.plan.documents.plain)
 
 
 def torchs(

@@ -11,17 +11,24 @@ import torch
 from torch import Tensor
 
 
-def rescaled(module: torch.nn.Module, query: Tensor, first: int) -> Tensor:
-    """`query`, [batch, heads, tokens, dim], scaled for places from `first` on; as it is in every other model."""
-    if not first or not getattr(module, "attn_temperature_tuning", False) or getattr(module, "use_rope", True):
-        return query
-    places = torch.arange(query.shape[2], device=query.device)
+def scales_queries(module: torch.nn.Module) -> bool:
+    """Whether this layer has scaled its queries by places that it counts itself."""
+    return bool(getattr(module, "attn_temperature_tuning", False)) and not getattr(module, "use_rope", True)
+
+
+def rescaled(module: torch.nn.Module, query: Tensor, places: Tensor) -> Tensor:
+    """`query`, [batch, heads, tokens, dim], scaled for `places`, [batch, tokens], each counted in its own document.
+
+    transformers counts a packed document's places from the start of the row, and padding as well; a document would not
+    be what it is alone.
+    """
+    counted = torch.arange(query.shape[2], device=query.device)
 
     def scale(place: Tensor) -> Tensor:
         steps = torch.floor((place.float() + 1.0) / module.floor_scale)  # type: ignore[operator]
         return torch.log1p(steps) * module.attn_scale + 1.0  # type: ignore[operator]
 
-    return query * (scale(places + first) / scale(places))[:, None].to(query.dtype)
+    return query * (scale(places) / scale(counted))[:, None, :, None].to(query.dtype)
 
 
 def chunk(module: torch.nn.Module) -> int | None:

@@ -19,12 +19,11 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from ulysses_exp.model.attention import llama4
 from ulysses_exp.model.attention.agreement import agree, check_batch
-from ulysses_exp.model.attention.core import Core, Plan
+from ulysses_exp.model.attention.core import Core, Plan, Way
 from ulysses_exp.model.attention.documents import Documents, documents
 from ulysses_exp.model.attention.handle import Announced, Ulysses
 from ulysses_exp.model.attention.own_name import transformers_own
-from ulysses_exp.model.attention.repeats import Repeats
-from ulysses_exp.model.attention.way import Way
+from ulysses_exp.model.mixers.repeats import Repeats
 
 _CACHES = ("past_key_values", "cache_params")
 
@@ -107,12 +106,13 @@ class Patched:
         if kwargs.get("sinks") is not None:  # Inkling's name of them
             kwargs["s_aux"] = kwargs.pop("sinks")
         assert way.plan is not None
+        if llama4.scales_queries(module) and (way.shared or not way.plan.documents.plain):
+            query = llama4.rescaled(module, query, self._places(way, query.shape[2], query.device))
         plan = way.plan.chunked(llama4.chunk(module))
         if not way.shared:
             assert self.core is not None
             return self.core(module, query, key, value, None, *args, plan=plan, **kwargs)
         assert self.exchanged is not None
-        query = llama4.rescaled(module, query, self.rank * query.shape[2])
         groups = getattr(module, "num_key_value_groups", None)
         try:
             out, weights = self.exchanged(module, query, key, value, None, *args, plan=plan, **kwargs)
@@ -151,6 +151,13 @@ class Patched:
                 "means than gradient_checkpointing_enable; call the model, not its parts"
             )
         return way
+
+    def _places(self, way: Way, tokens: int, device: torch.device) -> Tensor:
+        """[batch, tokens]: where in its document each token at hand is."""
+        plan = way.plan
+        assert plan is not None
+        places: Tensor = plan.once(("places", device), lambda: plan.documents.positions(device))
+        return places[:, self.rank * tokens : (self.rank + 1) * tokens] if way.shared else places
 
     def _causal(self, module: torch.nn.Module, kwargs: dict[str, Any]) -> bool:
         causal = kwargs.get("is_causal")

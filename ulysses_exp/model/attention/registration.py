@@ -117,9 +117,13 @@ def _why_not(model: PreTrainedModel, sp: int, exchange: str, mixers: bool) -> st
         return why
     if not mixers and not interchangeable(model):
         return f"{kind} brings its own attention code, which Ulysses does not reach"
+    heads, kv_heads = getattr(text, "num_attention_heads", None), getattr(text, "num_key_value_heads", None)
+    if heads is None and not mixers:
+        return f"{kind} is configured without num_attention_heads"
+    if any(hasattr(module, "create_position_ids_from_input_ids") for module in model.modules()):
+        return f"{kind} numbers its tokens by the padding before them (RoBERTa), and not by position_ids from 0 on"
     if exchange == "deepspeed" and sp > 1:
-        heads, kv_heads = getattr(text, "num_attention_heads", 0), getattr(text, "num_key_value_heads", None)
-        if kv_heads is None:
+        if heads is None or kv_heads is None:
             return f"{kind} is configured without num_key_value_heads, which sp.exchange=deepspeed reads"
         if not HeadShares(sp, heads).even(kv_heads):
             return (

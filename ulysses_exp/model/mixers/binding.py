@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ulysses_exp.config.model_rules import SHARDED_LAYERS, WITHOUT_MIXING
-from ulysses_exp.model.attention.way import Way
+from ulysses_exp.model.attention.core import Way
 from ulysses_exp.model.mixers import convolution, delta_rule, mamba1, mamba2, rg_lru
 
 WayOf = Callable[[torch.nn.Module], Way | None]

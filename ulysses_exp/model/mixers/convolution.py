@@ -20,8 +20,8 @@ import torch
 import torch.distributed
 from torch import Tensor
 
+from ulysses_exp.model.attention.core import Way
 from ulysses_exp.model.attention.documents import Documents
-from ulysses_exp.model.attention.way import Way
 from ulysses_exp.model.mixers import told
 from ulysses_exp.model.mixers.exchange import halo
 

@@ -16,7 +16,7 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-from ulysses_exp.model.attention.way import Way
+from ulysses_exp.model.attention.core import Way
 from ulysses_exp.model.mixers import convolution
 from ulysses_exp.model.mixers.by_document import by_document
 from ulysses_exp.model.mixers.exchange import everywhere, own, to_heads, to_tokens

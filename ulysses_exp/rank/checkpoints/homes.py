@@ -112,6 +112,7 @@ def prepare_states(
             raise CheckpointError(
                 home.name, f"its optimizer states differ from {other[2]}'s, with which ZeRO steps it as one tensor"
             )
+    on_device = any(group.get("fused") for group in engine.basic_optimizer.param_groups)
     for stepped, (tensors, values, _) in wanted.items():
         state = states[stepped]
         for key in list(state):
@@ -121,8 +122,9 @@ def prepare_states(
             if key not in state:
                 state[key] = torch.zeros_like(stepped.data)
         for key, value in values.items():
-            # torch keeps `step` as an fp32 tensor on the host
-            state[key] = torch.tensor(value, dtype=torch.float32) if isinstance(value, float) else value
+            # torch keeps `step` as an fp32 tensor on the host, a fused optimizer beside the weights
+            place = stepped.device if on_device else None
+            state[key] = torch.tensor(value, dtype=torch.float32, device=place) if isinstance(value, float) else value
 
 
 def weights_changed(engine: deepspeed.DeepSpeedEngine) -> None:

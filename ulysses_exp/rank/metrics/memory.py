@@ -30,7 +30,7 @@ def peak(device: torch.device) -> int:
 
 
 def allocator(device: torch.device) -> dict[str, int]:
-    """What `peak` does not say of an accelerator whose memory runs out; nothing on CPU, which has no such allocator.
+    """What `peak` does not say of a GPU whose memory runs out; nothing elsewhere, which has no such allocator.
 
     Returns:
         peak_reserved_bytes: the most that torch's allocator has taken of the device since `reset_peak`, what lies
@@ -40,7 +40,7 @@ def allocator(device: torch.device) -> dict[str, int]:
         beside_allocator_bytes: what else of the device is taken now: CUDA's context, NCCL's buffers, libraries, and
             other processes on the same device, which CUDA does not tell apart.
     """
-    if device.type == "cpu":
+    if device.type != "cuda":
         return {}
     stats = torch.cuda.memory_stats(device)
     free, total = torch.cuda.mem_get_info(device)

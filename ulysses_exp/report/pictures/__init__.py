@@ -15,6 +15,9 @@ from matplotlib.figure import Figure
 
 from ulysses_exp.report.pictures.agreement import evaluation, parity
 from ulysses_exp.report.pictures.bars import costs, plan, step_split
+from ulysses_exp.report.pictures.claims import communication as claims_communication
+from ulysses_exp.report.pictures.claims import memory as claims_memory
+from ulysses_exp.report.pictures.claims import opening as claims_opening
 from ulysses_exp.report.pictures.curves import loss
 from ulysses_exp.report.pictures.drawn import Drawn
 from ulysses_exp.report.pictures.lengths import plan_grid
@@ -136,6 +139,26 @@ _PICTURES: tuple[tuple[str, str, str, Callable[[list[Run]], Drawn | None]], ...]
         "Parity",
         "Against one process without ZeRO over the same tokens. A difference of exactly zero is drawn at 0.",
         parity,
+    ),
+    (
+        "claims_communication",
+        "Claims: what evaluation and training do",
+        "C1: eval makes no exchange; C2: nor does the class; C3: the training flag decides; C4: Trainer's logits are "
+        "right; C10: gradients are true. Upstream: DeepSpeed and transformers alone.",
+        claims_communication,
+    ),
+    (
+        "claims_memory",
+        "Claims: what a rank holds",
+        "The rank that holds most. Weights between two uses, gradients before the step, optimizer states with fp32 "
+        "masters, activations that a forward keeps for its backward.",
+        claims_memory,
+    ),
+    (
+        "claims_opening",
+        "Claims: who opens which checkpoint",
+        "Weights and optimizer states, by load_checkpoint() upstream and by the portable format here.",
+        claims_opening,
     ),
     ("plan", "Plan", "Predicted without running the model, by kind of memory.", plan),
     (

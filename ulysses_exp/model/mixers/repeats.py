@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ulysses_exp.model.attention.way import Way
+from ulysses_exp.model.attention.core import Way
 
 
 class Repeats:
