@@ -1,10 +1,11 @@
 """Whether a model can be right with its sequences cut into slices, tried on a tiny copy of it.
 
-Ulysses gives each rank a slice, and lets the tokens of different slices see each other in the attention function alone.
-So that function is replaced by one that gives each token its own value, and the model is run on a whole sequence and on
-slices of it: a model whose tokens meet nowhere else, and which takes positions from `position_ids`, gives the same.
-Whoever takes the name of an attention function and never calls it, mixes tokens in a convolution or a scan, counts
-positions itself, or looks for the longest position of a batch, does not.
+Ulysses gives each rank a slice, and lets the tokens of different slices see each other in the attention function, and
+in the convolutions and scans of `model.mixers`, alone. So attention is replaced by a function that gives each token its
+own value, mixers take each token for a document, and the model is run on a whole sequence and on slices of it: a model
+whose tokens meet nowhere else, and which takes positions from `position_ids`, gives the same. Whoever takes the name of
+an attention function and never calls it, mixes tokens in a convolution or a scan that is not known, counts positions
+itself, or looks for the longest position of a batch, does not.
 
     python -m ulysses_exp.model.outside_attention
 
@@ -26,6 +27,9 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ulysses_exp.model import reader
+from ulysses_exp.model.attention.core import Plan, Way
+from ulysses_exp.model.attention.documents import Documents, Segment
+from ulysses_exp.model.mixers import binding
 from ulysses_exp.model.tiny import built, shrunk
 
 _NAME = "each_token_alone"  # no other name in it, such as sdpa: transformers looks for these
@@ -63,8 +67,8 @@ class _OtherKeys(Exception):
 def mixes_outside_attention(model: PretrainedConfig | PreTrainedModel) -> str | None:
     """Why slices of a sequence would not give what the whole gives; None where nothing was found.
 
-    What no tiny copy can be made of is not judged. Layers that see tokens of other slices by other means than the
-    attention function (a convolution whose halo is exchanged) count as mixing all the same. Answers are kept in this
+    What no tiny copy can be made of is not judged. Layers that `model.mixers` serves are quiet as attention is: each
+    token is a document of its own to them. Answers are kept in this
     process, by configuration and class; what else they depend on, the library's version, stays the same in it.
 
     Args:
@@ -140,9 +144,11 @@ def _why_not_run(config: PretrainedConfig, kind: type[PreTrainedModel], ids: Ten
 
 
 def logits(model: PreTrainedModel, ids: Tensor, first: int) -> Tensor:
-    """[tokens, vocabulary] of a slice that begins at position `first`."""
+    """[tokens, vocabulary] of a slice that begins at position `first`, each token a document to `model.mixers`."""
     positions = torch.arange(first, first + ids.shape[1])[None]
-    with torch.no_grad():
+    documents = tuple(Segment(place, place + 1) for place in range(ids.shape[1]))
+    way = Way(Plan(Documents(1, ids.shape[1], (documents,))))
+    with torch.no_grad(), binding.bound(model, lambda _: way):
         try:
             found: Tensor = model(input_ids=ids, position_ids=positions, use_cache=False).logits[0]
         except (TypeError, ValueError) as error:
