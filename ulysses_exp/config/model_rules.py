@@ -48,6 +48,9 @@ SHARDED_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 #: Types of layers whose tokens do not see each other
 WITHOUT_MIXING = {"mlp", "moe"}
 
+#: Types of layers that mix tokens without attention, or beside it, where the modeling file has functions of `MIXING`
+_MIXED_LAYERS = {"linear_attention", "conv", "hybrid"} | WITHOUT_MIXING
+
 #: What a modeling file of transformers calls the functions that mix tokens without attention and are served by
 #: `model.mixers`; whether all layers of a model are, is seen where it is built
 MIXING = {
@@ -186,7 +189,7 @@ def why_not_sharded(name: str, layer_types: Any, mixing: Collection[str] = ()) -
         layer_types: as configured, None where all are alike.
         mixing: those of `MIXING` that the modeling file defines.
     """
-    strange = set(layer_types or ()) - SHARDED_LAYERS
-    if strange and not mixing:
+    strange = set(layer_types or ()) - SHARDED_LAYERS - (_MIXED_LAYERS if mixing else set())
+    if strange:
         return f"{name} has layers of type {', '.join(sorted(strange))}, which Ulysses does not shard"
     return None
