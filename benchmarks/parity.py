@@ -59,6 +59,24 @@ VARIANTS: dict[str, list[str]] = {
     "small weights kept gathered": ["zero.param_persistence_threshold=100000"],  # DeepSpeed's default
 }
 
+
+def _heads(heads: int, kv_heads: int, *more: str) -> list[str]:
+    """A model of so many query and KV heads of 16."""
+    return [f"model.architecture.num_attention_heads={heads}", f"model.architecture.num_key_value_heads={kv_heads}",
+            f"model.architecture.hidden_size={16 * heads}", *more]  # fmt: skip
+
+
+#: Heads that the ranks do not divide, and fewer heads than ranks, each at ZeRO 0 to 3
+UNEVEN = {
+    "9 on 3 heads, sp 5": (_heads(9, 3, "train.seq_len=130"), 5),
+    "14 on 2 heads, sp 4": (_heads(14, 2), 4),
+    "28 on 4 heads, sp 8": (_heads(28, 4), 8),
+    "5 on 1 heads, sp 8": (_heads(5, 1), 8),
+    "4 on 2 heads, sp 8": (_heads(4, 2), 8),
+    "4 on 2 heads, sp 8, packed": (_heads(4, 2, "data=packed", "data.mean_document=40"), 8),
+}
+VARIANTS |= {name: overrides for name, (overrides, _) in UNEVEN.items()}
+
 # a threshold of 0: ZeRO 3 gathers and releases every tensor, of small models too
 COMMON = ["train.seq_len=128", "train.global_batch_size=4", "parity.steps=3", "stages=[parity]", "device=cpu",
           "zero.param_persistence_threshold=0"]  # fmt: skip
@@ -138,10 +156,11 @@ def main() -> None:
         name = "parity.json" if arguments.precision == "fp32" else "parity_bf16.json"
         for optimizer in arguments.optimizers.split(","):
             for variant in arguments.variants.split(";"):
-                for layout in layouts:
+                own = [Layout(UNEVEN[variant][1], 1, zero) for zero in range(4)] if variant in UNEVEN else layouts
+                for layout in own:
                     result = harness.cell(variant, optimizer, layout, arguments.exchange)
                     cells.append({"optimizer": optimizer, "variant": variant, "layout": layout.name, **result})
-                worst = max(cells[-len(layouts) :], key=lambda c: (largest(c) != largest(c), largest(c)))
+                worst = max(cells[-len(own) :], key=lambda c: (largest(c) != largest(c), largest(c)))
                 print(f"{optimizer} {variant}: worst {worst['layout']} {largest(worst):.1e}", flush=True)
                 write(arguments.out / name, cells, arguments.exchange, arguments.precision)
 

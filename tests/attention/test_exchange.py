@@ -44,6 +44,28 @@ def test_two_all_to_alls_a_layer_and_direction_send_the_least(ranks: RankPool, f
         assert backward == (2 * layers, least, 0)
 
 
+@pytest.mark.parametrize(
+    ("family", "heads", "kv_heads", "sp"),
+    [("uneven", 9, 3, 2), ("uneven", 9, 3, 4), ("few_heads", 2, 1, 4), ("one_kv_of_three", 3, 1, 4)],
+)
+def test_heads_that_do_not_divide_send_what_their_shares_say(
+    ranks: RankPool, family: str, heads: int, kv_heads: int, sp: int
+) -> None:
+    layers = 2
+    least = [
+        layers
+        * all_to_all_bytes(
+            sp=sp, batch=2, seq_len=tiny.LENGTH, heads=heads, head_dim=8, itemsize=4, kv_heads=kv_heads, backward=back
+        )
+        for back in (False, True)
+    ]
+    found = ranks.run(_counts, family, sp, "fused", True)
+    for direction in (0, 1):
+        counts = [of_rank[direction] for of_rank in found]
+        assert {(calls, gathers) for calls, _, gathers in counts} == {(2 * layers, 0)}
+        assert max(size for _, size, _ in counts) == least[direction]
+
+
 def test_what_upstreams_exchange_takes(ranks: RankPool) -> None:
     for forward, backward in ranks.run(_counts, "gqa", 2, "deepspeed", True):
         assert (forward[0], backward[0]) == (8, 8)

@@ -29,36 +29,33 @@ def all_to_all_bytes(
     head_dim: int,
     itemsize: int,
     value_head_dim: int | None = None,
+    backward: bool = False,
 ) -> int:
-    """Bytes that the busiest rank sends to *other* ranks in one attention layer and one direction, forward or backward.
+    """Bytes that the busiest rank sends to *other* ranks in one attention layer and one direction.
 
     The least that Ulysses can send (arXiv 2309.14509, section 3.2, with grouped KV heads): a rank holds
     batch x seq_len / sp tokens, and each of the other sp - 1 ranks gets, of every token, its heads / sp query heads and
     its KV heads (kv_heads / sp, or one where there are fewer KV heads than ranks); the attention output of as many
     query heads goes back. Both exchanges of this project send exactly this. Where heads do not divide, or there are
-    more ranks than heads, it is as in `config.head_shares`.
+    more ranks than heads, it is as in `config.head_shares`, and a rank does not send as much in `backward`.
     """
     v_dim = head_dim if value_head_dim is None else value_head_dim
     shares = HeadShares(sp, heads)
     tokens = seq_len // sp
     routes = uneven.Routes(shares, kv_heads, tokens)
 
-    def length(slices: list[slice]) -> int:
-        return sum(s.stop - s.start for s in slices)
-
-    def heads_of(run: tuple[int, int]) -> int:
+    def length(run: tuple[int, int]) -> int:
         return run[1] - run[0]
 
-    most = 0
-    for rank in range(sp):
-        elements = 0
-        for other in range(sp):
-            if other != rank:
-                asked = length(routes.queries(rank, other)) * heads_of(shares.run(other))
-                elements += asked * head_dim
-                elements += tokens * heads_of(shares.kv_run(other, kv_heads)) * (head_dim + v_dim)
-                elements += length(routes.queries(other, rank)) * heads_of(shares.run(rank)) * v_dim
-        most = max(most, elements)
+    def sent(rank: int, other: int) -> int:
+        # inputs of attention go to the rank that has the heads, their gradients back to the one that has the tokens
+        source, target = (other, rank) if backward else (rank, other)
+        asked = sum(s.stop - s.start for s in routes.queries(source, target)) * length(shares.run(target))
+        back = sum(s.stop - s.start for s in routes.queries(target, source)) * length(shares.run(source))
+        keys = tokens * length(shares.kv_run(target, kv_heads))
+        return asked * head_dim + keys * (head_dim + v_dim) + back * v_dim
+
+    most = max(sum(sent(rank, other) for other in range(sp) if other != rank) for rank in range(sp))
     return most * batch * itemsize
 
 
