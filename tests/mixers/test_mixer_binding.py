@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from rank_pool import RankPool
-from test_same_numbers import TOLERANCE
+from test_mixer_numbers import TOLERANCE
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ulysses_exp.model.attention import ulysses

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from rank_pool import RankPool
-from test_same_numbers import TOLERANCE, _layouts
+from test_mixer_numbers import TOLERANCE, _layouts
 
 from ulysses_exp.model.attention import ulysses
 from ulysses_exp.model.mixers import convolution, delta_rule, mamba1, mamba2
