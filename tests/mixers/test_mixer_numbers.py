@@ -48,6 +48,6 @@ def _layouts(rank: int, family: str, kind: str) -> dict[str, float]:
 @pytest.mark.parametrize("family", [f if f in tiny.SHORT else pytest.param(f, marks=pytest.mark.long)
                                     for f in tiny.FAMILIES])  # fmt: skip
 def test_every_layout_gives_the_numbers_of_each_document_alone(ranks: RankPool, family: str) -> None:
-    for kind in KINDS:
+    for kind in KINDS[: 3 if family in tiny.SHORT else None]:  # the last one is of the two before it
         for found in ranks.run(_layouts, family, kind):
             assert max(found.values()) <= TOLERANCE, (kind, found)
