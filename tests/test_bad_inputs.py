@@ -300,7 +300,7 @@ ROPE = "+model.architecture.rope_parameters={rope_type: dynamic, factor: 2.0, ro
         ["+model.architecture.attention_bias=true"],
         ["model=tiny_mistral", "model.architecture.sliding_window=24"],
         ["model=qwen3_8b", "train.seq_len=131072", "stages=[plan]"],
-        ["model.architecture.max_position_embeddings=256", ROPE],
+        ["model.architecture.max_position_embeddings=256", ROPE, "sp.size=1", "reload.layouts=[sp1-dp1-z0]"],
         ["train.compile=1", "device=cpu"],
         ["seed=9223372036854775807"],
         ["train.seq_len=3_2"],

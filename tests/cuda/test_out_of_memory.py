@@ -34,7 +34,7 @@ def test_other_errors_are_none(said):
     [
         ((), "set memory=checkpointing, memory=alst or zero.stage=3"),
         (("memory=alst", "zero.stage=3"), "set zero=stage3_offload, sp.size=4 or train.seq_len=256"),
-        (("memory=alst", "zero=stage3_offload", "sp.size=8"), "set train.seq_len=256"),
+        (("memory=alst", "zero=stage3_offload", "sp.size=8"), "set sp.size=16 or train.seq_len=256"),
         (
             ("train.micro_batch_size=2", "memory=alst", "sp.size=1"),
             "set train.micro_batch_size=1, sp.size=2 or train.seq",
