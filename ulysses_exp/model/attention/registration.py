@@ -18,6 +18,7 @@ from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_availa
 from ulysses_exp.config import tried
 from ulysses_exp.config.head_shares import HeadShares
 from ulysses_exp.config.model_rules import why_not_sharded
+from ulysses_exp.model import outside_attention  # the module: it imports this package itself
 from ulysses_exp.model.attention import core, upstream
 from ulysses_exp.model.attention.exchange import FusedUlyssesAttention
 from ulysses_exp.model.attention.groups import groups
@@ -25,7 +26,6 @@ from ulysses_exp.model.attention.handle import Ulysses
 from ulysses_exp.model.attention.own_name import interchangeable, own_name
 from ulysses_exp.model.attention.patched import Patched
 from ulysses_exp.model.mixers import binding
-from ulysses_exp.model.outside_attention import mixes_outside_attention
 
 
 @contextmanager
@@ -145,7 +145,7 @@ def _outside(model: PreTrainedModel) -> str | None:
         return None
     if any(isinstance(p, FakeTensor) or p.is_meta for p in model.parameters()):
         return None
-    return mixes_outside_attention(model)
+    return outside_attention.mixes_outside_attention(model)
 
 
 def _own_sinks(run: core.Core, sp: int) -> core.Core:
