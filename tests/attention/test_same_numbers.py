@@ -52,13 +52,30 @@ def _layouts(rank: int, family: str, kind: str) -> dict[str, float]:
     return worst
 
 
+def _kinds(family: str) -> tuple[str, ...]:
+    if family in ("gqa", "gemma3"):
+        return tiny.BATCHES
+    return ("packed",) if family in tiny.OURS_ALONE else ("packed", "left")
+
+
+def _holds(ranks: RankPool, family: str, kind: str) -> None:
+    for found in ranks.run(_layouts, family, kind):
+        assert found["logits"] <= LOGITS, (kind, found)
+        assert found["gradients"] <= GRADIENTS, (kind, found)
+        assert found["fused_is_deepspeed"] == 1.0, f"{kind}: the exchanges differ in a bit"
+
+
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_every_layout_gives_the_unpatched_numbers(ranks: RankPool, family: str) -> None:
-    for kind in tiny.BATCHES if family in ("gqa", "gemma3") else ("packed", "left"):
-        for found in ranks.run(_layouts, family, kind):
-            assert found["logits"] <= LOGITS, (kind, found)
-            assert found["gradients"] <= GRADIENTS, (kind, found)
-            assert found["fused_is_deepspeed"] == 1.0, f"{kind}: the exchanges differ in a bit"
+    for kind in _kinds(family):
+        _holds(ranks, family, kind)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("family", tiny.OURS_ALONE)
+@pytest.mark.parametrize("kind", tiny.BATCHES)
+def test_also_of_every_kind_of_batch(ranks: RankPool, family: str, kind: str) -> None:
+    _holds(ranks, family, kind)
 
 
 def _checkpointed(rank: int, reentrant: bool, exchange: str) -> float:

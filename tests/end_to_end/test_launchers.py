@@ -24,6 +24,7 @@ def losses(command, tmp_path_factory):
     return results(folder)["stages"]["train"]["loss"]
 
 
+@pytest.mark.long  # a minute: two agents, each with its imports
 def test_torchrun_on_two_nodes(losses, tmp_path):
     """launchers/torchrun_two_nodes.sh with both agents on this machine: sequences are shared across them."""
     (tmp_path / ".venv").symlink_to(sys.prefix)

@@ -60,6 +60,7 @@ def test_a_model_of_another_kind_is_not_known():
     assert footprint.shape(config) is None, "its MLP has two matrices, not three"
 
 
+@pytest.mark.long
 def test_the_formulas_say_what_a_plan_says(pool):
     """Of a model of six layers whose logits are half of what is needed."""
     config = unchecked(
