@@ -121,7 +121,8 @@ def _registration(rank: int, case: str) -> None:
         changes["layer_types"] = ["full_attention", "linear_attention"]
     if case == "heads":
         changes = {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 3}
-    exchange = "deepspeed" if case in ("heads", "twice") else "fused"
+    exchange = "deepspeed" if case in ("heads", "widths", "twice") else "fused"
+    family = "gemma4" if case == "widths" else family
     model = tiny.model(family, attention, **changes)
     attention = {"unknown": "sage", "transformers": "transformers"}.get(case, attention)
     with ulysses(model, sp=4, attention=attention, exchange=exchange, micro_batch_size=1):
@@ -138,6 +139,7 @@ def _registration(rank: int, case: str) -> None:
         ("transformers", "makes masks of n x n, which Ulysses cannot shard; set sp.size=1"),
         ("layer_types", "layers of type linear_attention"),
         ("heads", "6 query heads and 3 KV heads do not divide over sp.size=4 in sp.exchange=deepspeed"),
+        ("widths", "heads of 2 widths, for which sp.exchange=deepspeed has no shapes"),
         ("twice", "already registered in this process"),
     ],
 )

@@ -130,6 +130,10 @@ def _why_not(model: PreTrainedModel, sp: int, exchange: str, mixers: bool) -> st
     if exchange == "deepspeed" and sp > 1:
         if heads is None or kv_heads is None:
             return f"{kind} is configured without num_key_value_heads, which sp.exchange=deepspeed reads"
+        known = text.to_dict()  # a configuration refuses to name a size that differs by layer
+        widths = {known[name] for name in ("head_dim", "global_head_dim", "v_head_dim") if known.get(name)}
+        if len(widths) > 1:
+            return f"{kind} has heads of {len(widths)} widths, for which sp.exchange=deepspeed has no shapes"
         if not HeadShares(sp, heads).even(kv_heads):
             return (
                 f"{heads} query heads and {kv_heads} KV heads do not divide over sp.size={sp} in sp.exchange=deepspeed"
