@@ -130,8 +130,9 @@ def _why_not(model: PreTrainedModel, sp: int, exchange: str, mixers: bool) -> st
     if exchange == "deepspeed" and sp > 1:
         if heads is None or kv_heads is None:
             return f"{kind} is configured without num_key_value_heads, which sp.exchange=deepspeed reads"
-        known = text.to_dict()  # a configuration refuses to name a size that differs by layer
-        widths = {known[name] for name in ("head_dim", "global_head_dim", "v_head_dim") if known.get(name)}
+        names = ("head_dim", "qk_head_dim", "v_head_dim")  # as the layers have them: some differ from layer to layer
+        sizes = (getattr(module, name, None) for module in model.modules() for name in names)
+        widths = {size for size in sizes if isinstance(size, int)}
         if len(widths) > 1:
             return f"{kind} has heads of {len(widths)} widths, for which sp.exchange=deepspeed has no shapes"
         if not HeadShares(sp, heads).even(kv_heads):
