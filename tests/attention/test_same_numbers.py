@@ -78,12 +78,13 @@ def test_also_of_every_kind_of_batch(ranks: RankPool, family: str, kind: str) ->
     _holds(ranks, family, kind)
 
 
-def _checkpointed(rank: int, reentrant: bool, exchange: str) -> float:
+def _checkpointed(rank: int, reentrant: bool, exchange: str, family: str) -> float:
     """Two forwards before the first backward: each is recomputed with its own documents."""
     batches = [tiny.batch("packed"), tiny.batch("left")]
-    reference = tiny.model("gemma3")
-    sum(tiny.loss(tiny.forward(reference, data), data) for data in batches).backward()
-    model = tiny.model("gemma3")
+    reference = tiny.model(family)
+    whole_forward = tiny.alone if family == "llama4" else tiny.forward  # as above
+    sum(tiny.loss(whole_forward(reference, data), data) for data in batches).backward()
+    model = tiny.model(family)
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     if reentrant:
         model.enable_input_require_grads()
@@ -104,7 +105,13 @@ def _checkpointed(rank: int, reentrant: bool, exchange: str) -> float:
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("exchange", ["deepspeed", "fused"])
 def test_activation_checkpointing_recomputes_the_same(ranks: RankPool, reentrant: bool, exchange: str) -> None:
-    assert max(ranks.run(_checkpointed, reentrant, exchange)) <= GRADIENTS
+    assert max(ranks.run(_checkpointed, reentrant, exchange, "gemma3")) <= GRADIENTS
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_also_where_attention_is_given_no_positions(ranks: RankPool, reentrant: bool) -> None:
+    """Llama 4 hands its attention nothing that tells one forward from another."""
+    assert max(ranks.run(_checkpointed, reentrant, "fused", "llama4")) <= GRADIENTS
 
 
 def _sp_eval(rank: int) -> float:

@@ -14,6 +14,23 @@ from dataclasses import dataclass
 Run = tuple[int, int]  # first and one past the last
 
 
+def even_run(heads: int, part: int, parts: int) -> Run:
+    """Heads, shared out in runs whose lengths differ by one at most."""
+    return heads * part // parts, heads * (part + 1) // parts
+
+
+def used_by(run: Run, heads: int, groups: int) -> Run:
+    """The groups (KV heads) that a run of `heads` uses, of which heads / groups consecutive ones share each."""
+    first, last = run
+    return (first * groups // heads, (last - 1) * groups // heads + 1) if first < last else (0, 0)
+
+
+def group_of_each(run: Run, heads: int, groups: int) -> list[int]:
+    """For each head of a run its group, counted among those of `used_by`."""
+    start = used_by(run, heads, groups)[0]
+    return [head * groups // heads - start for head in range(*run)]
+
+
 @dataclass(frozen=True)
 class HeadShares:
     """Of `heads` query heads over `sp` ranks; rank r is part r % u of the heads and part r // u of the queries."""
@@ -36,13 +53,11 @@ class HeadShares:
 
     def run(self, rank: int) -> Run:
         """The query heads of a rank."""
-        part = rank % self.u
-        return self.heads * part // self.u, self.heads * (part + 1) // self.u
+        return even_run(self.heads, rank % self.u, self.u)
 
     def kv_run(self, rank: int, kv_heads: int) -> Run:
         """The KV heads that the query heads of a rank use."""
-        first, last = self.run(rank)
-        return first * kv_heads // self.heads, (last - 1) * kv_heads // self.heads + 1
+        return used_by(self.run(rank), self.heads, kv_heads)
 
     def rows(self, rank: int, seq_len: int) -> tuple[Run, ...] | None:
         """The places of the queries of a rank in the whole sequence; None: all."""

@@ -22,10 +22,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from ulysses_exp.config import tried
 from ulysses_exp.model import reader
 from ulysses_exp.model.attention.core import Plan, Way
 from ulysses_exp.model.attention.documents import Documents, Segment
@@ -76,6 +78,17 @@ def mixes_outside_attention(model: PretrainedConfig | PreTrainedModel) -> str | 
     """
     given = isinstance(model, PretrainedConfig)
     return _judged(_Key(model) if given else _Key(model.config, type(model)))  # type: ignore[arg-type]
+
+
+def why_not_in_slices(model: PreTrainedModel) -> str | None:
+    """As `mixes_outside_attention`, of a model that was not tried with this transformers (`config.tried`), or whose
+    code is not transformers' own. A planned one, whose tensors have no numbers, is not judged."""
+    of_transformers = type(model).__module__.startswith("transformers.")
+    if of_transformers and tried.right(model.config.model_type, model.config.get_text_config().to_dict()):
+        return None
+    if any(isinstance(p, FakeTensor) or p.is_meta for p in model.parameters()):
+        return None
+    return mixes_outside_attention(model)
 
 
 class _Key:

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from transformers import PreTrainedModel
 
-from ulysses_exp.config import Config, ConfigError, device_of, lineage, tried
+from ulysses_exp.config import Config, ConfigError, device_of, lineage
 from ulysses_exp.launch import heartbeat, strict_json
 from ulysses_exp.launch.output_trouble import told
 from ulysses_exp.launch.task import Task
@@ -24,7 +24,7 @@ from ulysses_exp.model import build as models
 from ulysses_exp.model import memory as memory_savers
 from ulysses_exp.model.attention import Ulysses, ulysses
 from ulysses_exp.model.compiled import compile_layers
-from ulysses_exp.model.outside_attention import mixes_outside_attention
+from ulysses_exp.model.outside_attention import why_not_in_slices
 from ulysses_exp.rank import checkpoints
 from ulysses_exp.rank.data import Batches, Corpus, load_corpus
 from ulysses_exp.rank.engine import build_engine
@@ -151,9 +151,7 @@ def _refuse_outside_attention(config: Config, model: PreTrainedModel) -> None:
 
     Of models that the parent could read it has asked already; not of those with code of their own.
     """
-    settings = model.config.get_text_config().to_dict()
-    known = tried.right(model.config.model_type, settings) and not config.model.trust_remote_code
-    if config.sp.size > 1 and not known and (why := mixes_outside_attention(model)) is not None:
+    if config.sp.size > 1 and (why := why_not_in_slices(model)) is not None:
         raise ConfigError("sp.size", why, "set sp.size=1")
 
 

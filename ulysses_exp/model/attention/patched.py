@@ -61,8 +61,8 @@ class Patched:
         self.micro_batch_size: int | None = None
         self.group: ProcessGroup | None = None
         self.rank = 0
-        # activation checkpointing calls the attention again in backward, after other forwards: the position_ids that
-        # it passes on say which forward it repeats
+        # who recomputes by other means than `repeats` follows calls the attention again in backward, after other
+        # forwards: the position_ids that it passes on say which forward that is
         self.plans = WeakTensorKeyDictionary()
         self.latest: Way | None = None
         self.forward: Way | None = None  # of the forward under way
@@ -239,16 +239,16 @@ class Patched:
         else:
             self.forward, kwargs = self._whole(kwargs, announced)
         self.latest = self.forward
+        self.repeats.follow(self.forward)
         if self.mixers:
             self.mixed = set()
-            self.repeats.follow(self.forward)
             if not self.forward.untouched:
                 kwargs = _without_cache(kwargs)
         return args, kwargs
 
     def _whole(self, kwargs: dict[str, Any], announced: Announced | None) -> tuple[Way, dict[str, Any]]:
         """Every rank on its own: whole sequences, of any shape."""
-        tokens = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
+        tokens = _tokens(kwargs)
         positions, mask = kwargs.get("position_ids"), kwargs.get("attention_mask")
         cache = next((kwargs[name] for name in _CACHES if kwargs.get(name) is not None), None)
         said = [x for x in (positions, mask) if x is not None]
@@ -274,7 +274,7 @@ class Patched:
     def _slices(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], announced: Announced | None
     ) -> tuple[Way, dict[str, Any]]:
-        tokens = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
+        tokens = _tokens(kwargs)
         tokens = args[0] if tokens is None and args else tokens
         if tokens is None:
             raise ValueError("the model got neither input_ids nor inputs_embeds")
@@ -334,6 +334,12 @@ def _without_cache(kwargs: dict[str, Any]) -> dict[str, Any]:
     if kwargs.get("use_cache") or any(kwargs.get(name) is not None for name in _CACHES):
         raise ValueError("a KV cache in packed documents or under sequence parallelism; set use_cache=False")
     return kwargs | {"use_cache": False}
+
+
+def _tokens(kwargs: dict[str, Any]) -> Tensor | None:
+    """[batch, tokens] or [batch, tokens, hidden]: what the forward is given to read."""
+    ids: Tensor | None = kwargs.get("input_ids")
+    return kwargs.get("inputs_embeds") if ids is None else ids
 
 
 def _plain(way: Way | None) -> bool:

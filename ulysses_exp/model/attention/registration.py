@@ -10,12 +10,10 @@ import torch
 import torch.distributed
 from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
-from ulysses_exp.config import tried
 from ulysses_exp.config.head_shares import HeadShares
 from ulysses_exp.config.model_rules import why_not_sharded
 from ulysses_exp.model import outside_attention  # the module: it imports this package itself
@@ -125,7 +123,7 @@ def _why_not(model: PreTrainedModel, sp: int, exchange: str, mixers: bool) -> st
         return f"{kind} is configured without num_attention_heads"
     if any(hasattr(module, "create_position_ids_from_input_ids") for module in model.modules()):
         return f"{kind} numbers its tokens by the padding before them (RoBERTa), and not by position_ids from 0 on"
-    if sp > 1 and not mixers and (why := _outside(model)) is not None:
+    if sp > 1 and not mixers and (why := outside_attention.why_not_in_slices(model)) is not None:
         return why
     if exchange == "deepspeed" and sp > 1:
         if heads is None or kv_heads is None:
@@ -140,17 +138,6 @@ def _why_not(model: PreTrainedModel, sp: int, exchange: str, mixers: bool) -> st
                 f"{heads} query heads and {kv_heads} KV heads do not divide over sp.size={sp} in sp.exchange=deepspeed"
             )
     return None
-
-
-def _outside(model: PreTrainedModel) -> str | None:
-    """What a tiny copy shows of a model that was not tried with this transformers; None where nothing, or planned."""
-    settings = model.config.get_text_config().to_dict()
-    of_transformers = type(model).__module__.startswith("transformers.")
-    if of_transformers and tried.right(model.config.model_type, settings):
-        return None
-    if any(isinstance(p, FakeTensor) or p.is_meta for p in model.parameters()):
-        return None
-    return outside_attention.mixes_outside_attention(model)
 
 
 def _own_sinks(run: core.Core, sp: int) -> core.Core:

@@ -17,7 +17,7 @@ import torch.distributed
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from ulysses_exp.config.head_shares import HeadShares
+from ulysses_exp.config.head_shares import HeadShares, Run, group_of_each
 
 
 @dataclass(frozen=True)
@@ -40,12 +40,6 @@ class Routes:
             return [slice(0, self.tokens)]
         cut = [(max(a, start) - start, min(b, start + self.tokens) - start) for a, b in rows]
         return [slice(a, b) for a, b in cut if a < b]
-
-    def kv_of_queries(self, rank: int) -> list[int]:
-        """For each query head of `rank`, which of its KV heads it uses."""
-        first, last = self.shares.run(rank)
-        start = self.shares.kv_run(rank, self.kv_heads)[0]
-        return [h * self.kv_heads // self.shares.heads - start for h in range(first, last)]
 
 
 def _ranges(routes: Routes, rank: int) -> list[list[slice]]:
@@ -202,17 +196,24 @@ class _ToTokens(torch.autograd.Function):
         return out, None, None
 
 
+def for_each_head(x: Tensor, dim: int, run: Run, heads: int, groups: int) -> Tensor:
+    """`x`, whose dimension `dim` is the groups that a run of heads uses: as it is where the heads share them evenly,
+    else one for each head."""
+    wanted, held = group_of_each(run, heads, groups), x.shape[dim]
+    each = len(wanted) // max(1, held)
+    if wanted == [group for group in range(held) for _ in range(each)]:
+        return x
+    return x.index_select(dim, torch.tensor(wanted, dtype=torch.int64, device=x.device))
+
+
 def to_heads(
     query: Tensor, key: Tensor, value: Tensor, routes: Routes, group: ProcessGroup
 ) -> tuple[Tensor, Tensor, Tensor]:
     """[batch, heads, tokens, dim] of a slice each -> the queries of this rank's heads, [batch, heads, queries, dim],
     and their keys and values over the whole sequence, a KV head for each query head where groups are cut."""
     query, key, value = _ToHeads.apply(query, key, value, routes, group)
-    of_queries = routes.kv_of_queries(torch.distributed.get_rank(group))
-    groups = query.shape[1] // key.shape[1]
-    if of_queries != [h for h in range(key.shape[1]) for _ in range(groups)]:
-        where = torch.tensor(of_queries, dtype=torch.int64, device=key.device)
-        key, value = key.index_select(1, where), value.index_select(1, where)
+    run = routes.shares.run(torch.distributed.get_rank(group))
+    key, value = (for_each_head(x, 1, run, routes.shares.heads, routes.kv_heads) for x in (key, value))
     return query, key, value
 
 

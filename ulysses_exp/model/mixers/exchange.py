@@ -14,14 +14,13 @@ import torch.distributed
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from ulysses_exp.model.attention.uneven import exchange_parts
-
-Run = tuple[int, int]  # first and one past the last
+from ulysses_exp.config.head_shares import Run, even_run, used_by
+from ulysses_exp.model.attention.uneven import exchange_parts, for_each_head
 
 
 def own(heads: int, sp: int) -> list[Run]:
     """For each rank its heads; with more ranks than heads some have none."""
-    return [(heads * rank // sp, heads * (rank + 1) // sp) for rank in range(sp)]
+    return [even_run(heads, rank, sp) for rank in range(sp)]
 
 
 def everywhere(size: int, sp: int) -> list[Run]:
@@ -31,18 +30,13 @@ def everywhere(size: int, sp: int) -> list[Run]:
 
 def of_groups(heads: int, groups: int, sp: int) -> list[Run]:
     """For each rank the groups that its heads use: `heads / groups` consecutive heads share one."""
-    return [(a * groups // heads, (b - 1) * groups // heads + 1) if a < b else (0, 0) for a, b in own(heads, sp)]
+    return [used_by(run, heads, groups) for run in own(heads, sp)]
 
 
 def expanded(x: Tensor, heads: int, groups: int, group: ProcessGroup) -> Tensor:
     """This rank's groups, [batch, seq_len, groups, ...], one for each of its heads where they are cut unevenly."""
     sp, rank = torch.distributed.get_world_size(group), torch.distributed.get_rank(group)
-    (a, b), (first, last) = own(heads, sp)[rank], of_groups(heads, groups, sp)[rank]
-    used = [h * groups // heads - first for h in range(a, b)]
-    each = (b - a) // max(1, last - first)
-    if used == [n for n in range(last - first) for _ in range(each)]:
-        return x
-    return x.index_select(2, torch.tensor(used, dtype=torch.int64, device=x.device))
+    return for_each_head(x, 2, even_run(heads, rank, sp), heads, groups)
 
 
 def _with(shape: torch.Size, dim: int, size: int) -> torch.Size:

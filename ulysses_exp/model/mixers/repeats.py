@@ -1,7 +1,8 @@
 """Which forward a backward repeats, where layers are recomputed (activation checkpointing).
 
-Attention knows it by its position_ids; a mixer gets none. transformers' layers (5.23) run again what they handed to
-their `_gradient_checkpointing_func`, so that is where a layer is told which forward it was handed over in.
+A mixer is given nothing that tells one forward from another, nor is the attention of some models (Llama 4).
+transformers' layers (5.23) run again what they handed to their `_gradient_checkpointing_func`, so that is where a layer
+is told which forward it was handed over in.
 """
 
 from __future__ import annotations
