@@ -123,6 +123,7 @@ BAD = [
     ],
     (["+model.architecture.num_hiden_layers=7"], "did you mean num_hidden_layers?"),
     (["+model.architecture.is_causal=false"], "is_causal"),
+    (["model=tiny_gpt2", "sp.exchange=deepspeed"], "set sp.exchange=fused"),
     (["model=tiny_gemma3", "+model.architecture.use_bidirectional_attention=true"], "use_bidirectional_attention"),
     (["model.architecture.max_position_embeddings=8"], "max_position_embeddings=8"),
     (["+model.architecture.hidden_act=evil"], "hidden_act"),

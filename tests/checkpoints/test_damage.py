@@ -244,6 +244,21 @@ def test_a_checkpoint_of_something_else(recipe: Recipe, problem: str, good: Path
     assert message.startswith(str(good)) and problem in message
 
 
+def attempt_at_stage_2(folder: Path, recipe: Recipe) -> str:
+    layout = Layout(1, 1, 2)
+    with engine(layout, recipe) as made:
+        try:
+            checkpoints.load(made, folder, layout=layout)
+        except checkpoints.CheckpointError as error:
+            return str(error)
+    return "loaded"
+
+
+def test_another_model_is_told_where_weights_are_stepped_as_one_tensor(good: Path) -> None:
+    (message,) = run(1, attempt_at_stage_2, good, Recipe(layers=3))
+    assert message.startswith(str(good)) and "belongs to another model" in message
+
+
 def attempt_on_two(folder: Path) -> str:
     layout = Layout(1, 2, 3)
     with engine(layout) as made:

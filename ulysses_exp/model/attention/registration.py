@@ -63,7 +63,7 @@ def ulysses(
     if exchange not in ("deepspeed", "fused"):
         raise ValueError(f"sp.exchange={exchange!r} is not a choice; set deepspeed or fused")
     mixers = binding.mixers(model)
-    why = _why_not(model, sp, exchange, bool(mixers))
+    why = _why_not(model, sp, bool(mixers))
     if sp == 1 and (why is not None or attention == "transformers"):
         if why is None and mixers:
             with _mixers_alone(model, mixers, disable_in_eval) as handle:
@@ -73,6 +73,8 @@ def ulysses(
         return
     if why is not None:
         raise ValueError(f"{why}; set sp.size=1")
+    if exchange == "deepspeed" and sp > 1 and (why := _why_not_upstream(model, sp)) is not None:
+        raise ValueError(f"{why}; set sp.exchange=fused")
     name = _resolved(model, attention)
     run = core.around(name, ALL_ATTENTION_FUNCTIONS[name])
     handle = Ulysses(sp=sp, disable_in_eval=disable_in_eval, attention=name, mixers=len(mixers))
@@ -110,7 +112,7 @@ def _mixers_alone(model: PreTrainedModel, mixers: list[torch.nn.Module], disable
         yield handle
 
 
-def _why_not(model: PreTrainedModel, sp: int, exchange: str, mixers: bool) -> str | None:
+def _why_not(model: PreTrainedModel, sp: int, mixers: bool) -> str | None:
     """Why this model cannot be served; None where nothing is known against it."""
     kind, text = type(model).__name__, model.config.get_text_config()
     why = binding.why_not_served(model) if mixers else why_not_sharded(kind, getattr(text, "layer_types", None))
@@ -118,25 +120,28 @@ def _why_not(model: PreTrainedModel, sp: int, exchange: str, mixers: bool) -> st
         return why
     if not mixers and not interchangeable(model):
         return f"{kind} brings its own attention code, which Ulysses does not reach"
-    heads, kv_heads = getattr(text, "num_attention_heads", None), getattr(text, "num_key_value_heads", None)
-    if heads is None and not mixers:
+    if getattr(text, "num_attention_heads", None) is None and not mixers:
         return f"{kind} is configured without num_attention_heads"
     if any(hasattr(module, "create_position_ids_from_input_ids") for module in model.modules()):
         return f"{kind} numbers its tokens by the padding before them (RoBERTa), and not by position_ids from 0 on"
     if sp > 1 and not mixers and (why := outside_attention.why_not_in_slices(model)) is not None:
         return why
-    if exchange == "deepspeed" and sp > 1:
-        if heads is None or kv_heads is None:
-            return f"{kind} is configured without num_key_value_heads, which sp.exchange=deepspeed reads"
-        names = ("head_dim", "qk_head_dim", "v_head_dim")  # as the layers have them: some differ from layer to layer
-        sizes = (getattr(module, name, None) for module in model.modules() for name in names)
-        widths = {size for size in sizes if isinstance(size, int)}
-        if len(widths) > 1:
-            return f"{kind} has heads of {len(widths)} widths, for which sp.exchange=deepspeed has no shapes"
-        if not HeadShares(sp, heads).even(kv_heads):
-            return (
-                f"{heads} query heads and {kv_heads} KV heads do not divide over sp.size={sp} in sp.exchange=deepspeed"
-            )
+    return None
+
+
+def _why_not_upstream(model: PreTrainedModel, sp: int) -> str | None:
+    """Why upstream's exchange, whose shapes come from the configuration, cannot serve a model that ours can."""
+    kind, text = type(model).__name__, model.config.get_text_config()
+    heads, kv_heads = getattr(text, "num_attention_heads", None), getattr(text, "num_key_value_heads", None)
+    if heads is None or kv_heads is None:
+        return f"{kind} is configured without num_key_value_heads, which sp.exchange=deepspeed reads"
+    names = ("head_dim", "qk_head_dim", "v_head_dim")  # as the layers have them: some differ from layer to layer
+    sizes = (getattr(module, name, None) for module in model.modules() for name in names)
+    widths = {size for size in sizes if isinstance(size, int)}
+    if len(widths) > 1:
+        return f"{kind} has heads of {len(widths)} widths, for which sp.exchange=deepspeed has no shapes"
+    if not HeadShares(sp, heads).even(kv_heads):
+        return f"{heads} query heads and {kv_heads} KV heads do not divide over sp.size={sp} in sp.exchange=deepspeed"
     return None
 
 

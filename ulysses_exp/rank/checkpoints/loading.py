@@ -100,12 +100,12 @@ def _read(
     for kind, names in manifest.states.items():
         for name in names:
             kinds.setdefault(name, set()).add(kind)
-    prepare_states(engine, kinds, manifest.numbers)
-    mine = list(fragments(engine))
     ours = {name for name, _ in engine.module.named_parameters()}
     theirs = set(manifest.weights)
     if missing := sorted(ours - theirs):
         raise CheckpointError(folder / NAME, f"belongs to another model: it has no {missing[0]}")
+    prepare_states(engine, kinds, manifest.numbers)
+    mine = list(fragments(engine))
     held = {f.name for f in mine}
     if foreign := sorted(theirs - ours - held):
         raise CheckpointError(folder / NAME, f"belongs to another model: this one has no {foreign[0]}")
