@@ -33,7 +33,7 @@ def communication(runs: list[Run]) -> Drawn | None:
         return None
     rows = [(claim, side) for claim in _COMMUNICATION for side in _SIDES]
     layouts = _layouts(run, "C1")
-    canvas = figure(3.2 + 0.55 * len(layouts), 1.9 + 0.28 * len(rows))
+    canvas = figure(max(4.8, 3.2 + 0.55 * len(layouts)), 1.9 + 0.28 * len(rows))  # the legend wants 4.8
     axes = canvas.add_subplot()
     for y, (claim, side) in enumerate(rows):
         for x, layout in enumerate(layouts):
